@@ -1,0 +1,1 @@
+"""bnfinetune: fine-tuning of timm backbones with BatchNorm handled right."""

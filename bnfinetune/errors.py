@@ -1,0 +1,44 @@
+"""Errors that a user can cause, each a `BnFinetuneError` and the fitting builtin.
+
+A message is one line that names the layer, key or file, what was found, and the remedy.
+"""
+
+
+class BnFinetuneError(ValueError):
+    """Base of every error that bnfinetune raises on purpose."""
+
+
+class RecipeError(BnFinetuneError):
+    """A recipe or override that cannot be used: unknown key, wrong type, out of bounds."""
+
+
+class SelectionError(BnFinetuneError, LookupError):
+    """A selector that matches nothing, or a model without a BatchNorm layer."""
+
+
+class LayerError(BnFinetuneError, TypeError):
+    """A layer that cannot be handled as asked."""
+
+
+class PolicyError(BnFinetuneError):
+    """Switches that contradict each other, or a model in a state that forbids the change."""
+
+
+class StatisticsError(BnFinetuneError, RuntimeError):
+    """Population statistics that could not be computed; the model is as it was before."""
+
+
+class ShortDataError(StatisticsError, AssertionError):
+    """Data that ended before the stated number of batches or samples (fvcore asserts here)."""
+
+
+class DataError(BnFinetuneError, OSError):
+    """A dataset, folder, column, split or image that cannot be used."""
+
+
+class BackboneError(BnFinetuneError, LookupError):
+    """A model that timm does not know, cannot reach, or whose weights do not fit."""
+
+
+class CheckpointError(BnFinetuneError, OSError):
+    """A checkpoint or run folder that is missing, damaged, foreign or in the way."""
