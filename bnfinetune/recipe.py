@@ -6,72 +6,123 @@ so that `--help` and a mistake in a recipe answer at once.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0.0)]
+AboveZero = Annotated[float, Field(gt=0.0)]
+Between = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+_Number = TypeVar("_Number", bound=float)
+
+
+def _ascending(pair: tuple[_Number, _Number]) -> tuple[_Number, _Number]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"the lower bound comes first, found {list(pair)}")
+    return pair
+
+
+def _yaml_no(value: object) -> object:
+    """YAML 1.1 reads a bare `no` as false."""
+    return "no" if value is False else value
+
+
+def _one_or_many(value: object) -> str:
+    return "many" if isinstance(value, list | tuple) else "one"
 
 
 class Section(BaseModel):
     """A part of a recipe. Unknown keys are errors; a section never changes once it is built."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Model(Section):
     """Which timm backbone is fine-tuned, and from which weights."""
 
-    name: str = Field("bnf_resnet", min_length=1, description="any timm model; also hf-hub:USER/NAME and local-dir:PATH")
-    pretrained: bool = Field(True, description="load the model's pretrained weights")
-    checkpoint: str | None = Field(None, description="weights file (safetensors, or a tensors-only pickle) loaded instead of timm's")
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm.create_model, such as drop_rate")
-    trainable: Literal["all", "bn_and_head", "head"] = Field("all", description="which parameters learn")
-    compile: bool = Field(False, description="torch.compile the training step's model")
-    grad_checkpointing: bool = Field(False, description="recompute activations in backward to save memory")
-    channels_last: bool = Field(False, description="store activations as NHWC")
+    name: str = Field(
+        default="bnf_resnet", min_length=1, description="any timm model; also hf-hub:USER/NAME and local-dir:PATH"
+    )
+    pretrained: bool = Field(default=True, description="load the model's pretrained weights")
+    checkpoint: str | None = Field(
+        default=None, description="weights file (safetensors, or a tensors-only pickle) loaded instead of timm's"
+    )
+    kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="further arguments of timm.create_model, such as drop_rate"
+    )
+    head: Literal["auto", "new"] = Field(
+        default="auto",
+        description="auto keeps the pretrained classifier rows of classes that it knows by name; new starts afresh",
+    )
+    trainable: Literal["all", "bn_and_head", "head"] = Field(default="all", description="which parameters learn")
+    compile: bool = Field(default=False, description="torch.compile the training step's model")
+    grad_checkpointing: bool = Field(default=False, description="recompute activations in backward to save memory")
+    channels_last: bool = Field(default=False, description="store activations as NHWC")
 
 
 class Augment(Section):
     """Training augmentation, all of it timm's. Evaluation never augments."""
 
-    scale: tuple[Fraction, Fraction] = Field((0.35, 1.0), description="share of the image area a random crop covers")
-    ratio: tuple[float, float] = Field((0.75, 1.3333), description="aspect ratios of the random crop")
-    hflip: Fraction | None = Field(None, description="probability of a horizontal flip; null: 0.5, but 0 for the demo's characters")
-    vflip: Fraction = Field(0.0, description="probability of a vertical flip")
-    color_jitter: Rate = Field(0.0, description="strength of brightness, contrast and saturation jitter")
-    auto_augment: str | None = Field(None, description="timm policy text, such as rand-m9-mstd0.5 (RandAugment) or augmix-m3")
-    random_erasing: Fraction = Field(0.0, description="probability that a rectangle of the image is erased")
-    mixup: Rate = Field(0.0, description="mixup alpha; 0 turns it off")
-    cutmix: Rate = Field(0.0, description="cutmix alpha; 0 turns it off")
-    mix_prob: Fraction = Field(1.0, description="probability that a batch is mixed, where mixup or cutmix is on")
+    scale: Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)] = Field(
+        default=(0.35, 1.0), description="share of the image area a random crop covers"
+    )
+    ratio: Annotated[tuple[AboveZero, AboveZero], AfterValidator(_ascending)] = Field(
+        default=(0.75, 1.3333), description="aspect ratios of the random crop"
+    )
+    hflip: Fraction | None = Field(
+        default=None, description="probability of a horizontal flip; null: 0.5, but 0 for the demo's characters"
+    )
+    vflip: Fraction = Field(default=0.0, description="probability of a vertical flip")
+    color_jitter: Rate = Field(default=0.0, description="strength of brightness, contrast and saturation jitter")
+    auto_augment: str | None = Field(
+        default=None, description="timm policy text, such as rand-m9-mstd0.5 (RandAugment) or augmix-m3"
+    )
+    random_erasing: Fraction = Field(default=0.0, description="probability that a rectangle of the image is erased")
+    mixup: Rate = Field(default=0.0, description="mixup alpha; 0 turns it off")
+    cutmix: Rate = Field(default=0.0, description="cutmix alpha; 0 turns it off")
+    mix_prob: Fraction = Field(
+        default=1.0, description="probability that a batch is mixed, where mixup or cutmix is on"
+    )
 
 
 class Data(Section):
     """Where images and labels come from, and how they reach the model."""
 
     source: str = Field(
-        "demo",
+        default="demo",
         min_length=1,
-        description="demo, demo-characters, a folder of class folders, a parquet or webdataset (.tar) file or pattern, or a datasets name",
+        description="demo, demo-characters, a folder of class folders, a parquet or webdataset (.tar) file or pattern, "
+        "or a datasets name",
     )
-    config: str | None = Field(None, description="configuration of a datasets name")
-    train_split: str = Field("train", min_length=1, description="split that is trained on")
-    val_split: str | None = Field(None, description="split that selects the best checkpoint; null: validation, val or a held-out fraction")
-    test_split: str | None = Field(None, description="split that is only measured before and after; null: test where there is one")
-    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        0.2, description="share of the training split held out, stratified by class, where there is no validation split"
+    config: str | None = Field(default=None, description="configuration of a datasets name")
+    train_split: str = Field(default="train", min_length=1, description="split that is trained on")
+    val_split: str | None = Field(
+        default=None, description="split that selects the best checkpoint; null: validation, val or a held-out fraction"
     )
-    train_samples: Positive | None = Field(None, description="use only so many training images, stratified by class")
-    image_column: str | None = Field(None, description="column of images; null: found by type")
-    label_column: str | None = Field(None, description="column of labels; null: found by type or name")
-    streaming: bool = Field(False, description="read the set as a stream; needs train.steps")
-    shuffle_buffer: Positive = Field(2048, description="images held for shuffling a stream")
-    image_size: Annotated[int, Field(ge=8)] | None = Field(None, description="side of the square input; null: the model's own")
-    workers: Annotated[int, Field(ge=0)] | None = Field(None, description="loader processes per rank; null: 0 for the demo, else up to 4")
-    on_error: Literal["raise", "skip"] = Field("raise", description="what an unreadable image does")
+    test_split: str | None = Field(
+        default=None, description="split that is only measured before and after; null: test where there is one"
+    )
+    val_fraction: Between = Field(
+        default=0.2,
+        description="share of the training split held out, stratified by class, where there is no validation split",
+    )
+    train_samples: Positive | None = Field(
+        default=None, description="use only so many training images, stratified by class"
+    )
+    image_column: str | None = Field(default=None, description="column of images; null: found by type")
+    label_column: str | None = Field(default=None, description="column of labels; null: found by type or name")
+    streaming: bool = Field(default=False, description="read the set as a stream; needs train.steps")
+    shuffle_buffer: Positive = Field(default=2048, description="images held for shuffling a stream")
+    image_size: Annotated[int, Field(ge=8)] | None = Field(
+        default=None, description="side of the square input; null: the model's own"
+    )
+    workers: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="loader processes per rank; null: 0 for the demo, else up to 4"
+    )
+    on_error: Literal["raise", "skip"] = Field(default="raise", description="what an unreadable image does")
     augment: Augment = Field(default_factory=Augment)
 
 
@@ -79,88 +130,137 @@ class BN(Section):
     """What BatchNorm layers do; each switch left null keeps what the layer does by itself."""
 
     train_stats: Literal["batch", "running", "sync", "ghost", "renorm", "stochastic"] | None = Field(
-        None, description="statistics that normalise in training"
+        default=None, description="statistics that normalise in training"
     )
-    update_stats: Literal["ema", "cumulative", "none"] | None = Field(None, description="what happens to running_mean and running_var in training")
-    affine: Literal["trained", "frozen"] | None = Field(None, description="what happens to weight and bias")
-    eval_stats: Literal["running", "batch", "mix"] | None = Field(None, description="statistics that normalise in evaluation")
-    layers: str | tuple[str, ...] = Field("*", description="globs on layer names that the switches apply to")
-    exclude: str | tuple[str, ...] = Field((), description="globs on layer names that are left alone")
-    momentum: Fraction | None = Field(None, description="weight of the newest batch in the running statistics")
+    update_stats: Literal["ema", "cumulative", "none"] | None = Field(
+        default=None, description="what happens to running_mean and running_var in training"
+    )
+    affine: Literal["trained", "frozen"] | None = Field(default=None, description="what happens to weight and bias")
+    eval_stats: Literal["running", "batch", "mix"] | None = Field(
+        default=None, description="statistics that normalise in evaluation"
+    )
+    layers: str | tuple[str, ...] = Field(default="*", description="globs on layer names that the switches apply to")
+    exclude: str | tuple[str, ...] = Field(default=(), description="globs on layer names that are left alone")
+    momentum: Fraction | None = Field(default=None, description="weight of the newest batch in the running statistics")
+    ghost_size: Positive | None = Field(
+        default=None, description="train_stats=ghost: images that are normalised together"
+    )
+    sync_group_size: Positive | None = Field(
+        default=None, description="train_stats=sync: ranks that share statistics; null: all"
+    )
+    stochastic_p: Fraction | None = Field(
+        default=None, description="train_stats=stochastic: probability that a channel uses batch statistics"
+    )
+    renorm_rmax: Annotated[float, Field(ge=1.0)] | None = Field(
+        default=None, description="train_stats=renorm: bound of the scale correction r"
+    )
+    renorm_dmax: Rate | None = Field(default=None, description="train_stats=renorm: bound of the shift correction d")
+    mix_prior: Rate | None = Field(
+        default=None, description="eval_stats=mix: weight of the running statistics, in samples"
+    )
 
 
 class Schedule(Section):
     """timm's learning-rate schedules, stepped once per optimizer update."""
 
-    name: Literal["cosine", "linear", "poly", "step", "multistep", "tanh", "constant"] = Field("cosine", description="shape of the schedule")
-    warmup_fraction: Fraction = Field(0.05, description="share of all updates spent warming up from warmup_lr")
-    warmup_lr: Rate = Field(0.0, description="learning rate of the first update")
-    min_lr: Rate = Field(0.0, description="learning rate at the end")
-    decay_fraction: Fraction = Field(0.3, description="step: share of all updates between two decays")
-    decay_rate: Fraction = Field(0.1, description="step, multistep: factor of one decay")
-    milestones: tuple[Fraction, ...] = Field((0.6, 0.85), description="multistep: points of decay, as shares of all updates")
+    name: Literal["cosine", "linear", "poly", "step", "multistep", "tanh", "constant"] = Field(
+        default="cosine", description="shape of the schedule"
+    )
+    warmup_fraction: Fraction = Field(default=0.05, description="share of all updates spent warming up from warmup_lr")
+    warmup_lr: Rate = Field(default=0.0, description="learning rate of the first update")
+    min_lr: Rate = Field(default=0.0, description="learning rate at the end")
+    decay_fraction: Fraction = Field(default=0.3, description="step: share of all updates between two decays")
+    decay_rate: Fraction = Field(default=0.1, description="step, multistep: factor of one decay")
+    milestones: tuple[Fraction, ...] = Field(
+        default=(0.6, 0.85), description="multistep: points of decay, as shares of all updates"
+    )
 
 
 class Optim(Section):
     """timm's optimizers by name, and which parameters decay."""
 
-    name: str = Field("adamw", min_length=1, description="any timm optimizer")
-    lr: Annotated[float, Field(gt=0.0)] = Field(1e-3, description="peak learning rate of the head; the backbone's too unless layer_decay or head_lr_scale say otherwise")
-    weight_decay: Rate = Field(0.05, description="weight decay of everything that decays")
-    norm_decay: bool = Field(False, description="decay the weights and biases of normalisation layers too")
-    bias_decay: bool = Field(False, description="decay biases too")
-    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(None, description="learning-rate factor from each timm layer group to the one before it")
-    head_lr_scale: Annotated[float, Field(gt=0.0)] = Field(1.0, description="learning-rate factor of the head")
-    clip_grad: Annotated[float, Field(gt=0.0)] | None = Field(None, description="largest norm of the gradient")
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of the optimizer, such as betas")
+    name: str = Field(default="adamw", min_length=1, description="any timm optimizer")
+    lr: AboveZero = Field(
+        default=1e-3,
+        description="peak learning rate, which layer_decay scales down and head_lr_scale scales for the head",
+    )
+    weight_decay: Rate = Field(default=0.05, description="weight decay of everything that decays")
+    norm_decay: bool = Field(default=False, description="decay the weights and biases of normalisation layers too")
+    bias_decay: bool = Field(default=False, description="decay biases too")
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        default=None, description="learning-rate factor from each timm layer group to the one before it"
+    )
+    head_lr_scale: AboveZero = Field(default=1.0, description="learning-rate factor of the head")
+    clip_grad: AboveZero | None = Field(default=None, description="largest norm of the gradient")
+    kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="further arguments of the optimizer, such as betas"
+    )
     schedule: Schedule = Field(default_factory=Schedule)
 
 
 class Train(Section):
     """The training loop."""
 
-    epochs: Positive = Field(15, description="passes over the training split")
-    steps: Positive | None = Field(None, description="optimizer updates, instead of epochs; needed for streams")
-    batch_size: Positive = Field(8, description="images per process and forward")
-    grad_accum: Positive = Field(1, description="forwards per optimizer update")
-    mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="autocast precision")
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="share of the target spread over all classes")
-    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(None, description="decay of an averaged copy of the model, which is then what is evaluated and saved")
-    early_stop: Positive | None = Field(None, description="stop after so many evaluations without a better one")
-    resume: str | None = Field(None, description="run folder to continue; auto: run.dir if it holds a checkpoint")
+    epochs: Positive = Field(default=15, description="passes over the training split")
+    steps: Positive | None = Field(default=None, description="optimizer updates, instead of epochs; needed for streams")
+    batch_size: Positive = Field(default=8, description="images per process and forward")
+    grad_accum: Positive = Field(default=1, description="forwards per optimizer update")
+    mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_yaml_no)] = Field(
+        default="no", description="autocast precision"
+    )
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0, description="share of the target spread over all classes"
+    )
+    ema: Between | None = Field(
+        default=None, description="decay of an averaged copy of the model, which is then what is evaluated and saved"
+    )
+    early_stop: Positive | None = Field(default=None, description="stop after so many evaluations without a better one")
+    resume: str | None = Field(
+        default=None, description="run folder to continue; auto: run.dir if it holds a checkpoint"
+    )
 
 
 class Evaluate(Section):
     """When and how the validation split is measured."""
 
-    every_epochs: Positive = Field(1, description="epochs between evaluations")
-    every_steps: Positive | None = Field(None, description="optimizer updates between evaluations, instead of epochs")
-    batch_size: Positive = Field(256, description="images per process and forward")
+    every_epochs: Positive = Field(default=1, description="epochs between evaluations")
+    every_steps: Positive | None = Field(
+        default=None, description="optimizer updates between evaluations, instead of epochs"
+    )
+    batch_size: Positive = Field(default=256, description="images per process and forward")
 
 
 class Checkpoint(Section):
     """What is kept on disk."""
 
-    every_steps: Positive | None = Field(None, description="optimizer updates between saves of the last state; null: at each evaluation")
-    metric: Literal["top1", "top5", "macro_f1", "loss", "ece"] = Field("top1", description="validation metric that chooses the best checkpoint")
+    every_steps: Positive | None = Field(
+        default=None, description="optimizer updates between saves of the last state; null: at each evaluation"
+    )
+    metric: Literal["top1", "top5", "macro_f1", "loss", "ece"] = Field(
+        default="top1", description="validation metric that chooses the best checkpoint"
+    )
 
 
 class Run(Section):
     """Where a run writes, and what makes it repeatable."""
 
-    dir: str | None = Field(None, description="run folder; null: a new one under runs/")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="seed of every random draw")
-    deterministic: bool = Field(False, description="only deterministic kernels; slower")
-    tracking: str | None = Field(None, description="trackers of Accelerate, comma-separated, such as tensorboard or wandb")
+    dir: str | None = Field(default=None, description="run folder; null: a new one under runs/")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=42, description="seed of every random draw")
+    deterministic: bool = Field(default=False, description="only deterministic kernels; slower")
+    tracking: str | None = Field(
+        default=None, description="trackers of Accelerate, comma-separated, such as tensorboard or wandb"
+    )
 
 
 class Recipe(Section):
     """A complete fine-tuning run: every section with every value settled."""
 
-    name: str = Field("custom", description="recipe name, for folders and tables")
+    name: str = Field(default="custom", pattern=r"^\w[\w.-]*$", description="recipe name, for folders and tables")
     model: Model = Field(default_factory=Model)
     data: Data = Field(default_factory=Data)
-    bn: BN | tuple[BN, ...] = Field(default_factory=BN)
+    bn: Annotated[Annotated[BN, Tag("one")] | Annotated[tuple[BN, ...], Tag("many")], Discriminator(_one_or_many)] = (
+        Field(default_factory=BN)
+    )
     optim: Optim = Field(default_factory=Optim)
     train: Train = Field(default_factory=Train)
     evaluate: Evaluate = Field(default_factory=Evaluate)
