@@ -16,6 +16,8 @@ Rate = Annotated[float, Field(ge=0.0)]
 AboveZero = Annotated[float, Field(gt=0.0)]
 Between = Annotated[float, Field(gt=0.0, lt=1.0)]
 
+BN_FORMS = ("one section", "list of sections")
+
 _Number = TypeVar("_Number", bound=float)
 
 
@@ -30,8 +32,8 @@ def _yaml_no(value: object) -> object:
     return "no" if value is False else value
 
 
-def _one_or_many(value: object) -> str:
-    return "many" if isinstance(value, list | tuple) else "one"
+def _bn_form(value: object) -> str:
+    return BN_FORMS[isinstance(value, list | tuple)]
 
 
 class Section(BaseModel):
@@ -236,6 +238,7 @@ class Checkpoint(Section):
     every_steps: Positive | None = Field(
         default=None, description="optimizer updates between saves of the last state; null: at each evaluation"
     )
+    keep: Positive = Field(default=2, description="newest training states that are kept; the best network always is")
     metric: Literal["top1", "top5", "macro_f1", "loss", "ece"] = Field(
         default="top1", description="validation metric that chooses the best checkpoint"
     )
@@ -258,9 +261,9 @@ class Recipe(Section):
     name: str = Field(default="custom", pattern=r"^\w[\w.-]*$", description="recipe name, for folders and tables")
     model: Model = Field(default_factory=Model)
     data: Data = Field(default_factory=Data)
-    bn: Annotated[Annotated[BN, Tag("one")] | Annotated[tuple[BN, ...], Tag("many")], Discriminator(_one_or_many)] = (
-        Field(default_factory=BN)
-    )
+    bn: Annotated[
+        Annotated[BN, Tag(BN_FORMS[0])] | Annotated[tuple[BN, ...], Tag(BN_FORMS[1])], Discriminator(_bn_form)
+    ] = Field(default_factory=BN)
     optim: Optim = Field(default_factory=Optim)
     train: Train = Field(default_factory=Train)
     evaluate: Evaluate = Field(default_factory=Evaluate)

@@ -1,0 +1,249 @@
+"""Recipes as files: found by name or path, built on a base, changed by overrides, checked against the schema."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from bnfinetune.errors import RecipeError
+from bnfinetune.recipe import BN_FORMS, Recipe
+from bnfinetune.recipe_keys import RecipeSection, find_key, nearest_key, recipe_schema
+from bnfinetune.recipe_text import MAX_BYTES, describe, flatten, plain, read_override, read_yaml
+
+Layer = tuple[str, dict[str, Any]]
+
+_CALLER = "recipe"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with bnfinetune, by name: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    folder = next(folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def recipe_header(path: Path) -> list[str]:
+    """The comment lines that open a recipe file, without their `#`: first what it is for, then the claim, then how."""
+    header = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        header.append(line.lstrip("#").strip())
+    return header
+
+
+def load_recipe(
+    name_or_path: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> Recipe:
+    """A complete recipe from a shipped one, a file, or a mapping, with overrides on top.
+
+    Mappings are merged key by key, everything else is replaced: the defaults of the schema, then the recipe that
+    `base:` names, then the recipe itself, then the overrides in their order.
+
+    Args:
+        name_or_path: Name of a shipped recipe, path of a YAML file, a mapping of the same form, or a recipe.
+        overrides: Texts such as `optim.lr=1e-3`, or a mapping with dotted keys, nested mappings or both.
+
+    Raises:
+        RecipeError: Something is unknown, of the wrong type or out of bounds. The message is one line for the first
+            mistake, and counts the others.
+    """
+    config, origins = OmegaConf.create({}), dict[str, str]()
+    for origin, tree in [*_layers(name_or_path), *_override_layers(overrides)]:
+        for key, value in flatten(tree):
+            _set(config, key, plain(value, key))
+            origins[key] = origin
+    for key in sorted(OmegaConf.missing_keys(config)):
+        raise RecipeError(f"{key}: still open (???{_place(key, origins)}); give {key}=VALUE")
+    try:
+        return Recipe.model_validate_json(json.dumps(OmegaConf.to_container(config, resolve=False)), strict=True)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, origins)) from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The whole recipe as YAML, every default written out; `load_recipe` reads it back to the same recipe."""
+    return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(mode="json")))
+
+
+def diff_recipes(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Each dotted key whose value differs, with both values; `None` stands where one recipe has no such key."""
+    one, two = _leaves(first.model_dump(mode="json")), _leaves(second.model_dump(mode="json"))
+    return {key: (one.get(key), two.get(key)) for key in {**one, **two} if one.get(key) != two.get(key)}
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key, with a list of mappings opened up as `bn.0.layers` and an empty mapping kept."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            value = {str(position): item for position, item in enumerate(value)}
+        if isinstance(value, dict) and value:
+            leaves |= _leaves(value, f"{prefix}{name}.")
+        else:
+            leaves[f"{prefix}{name}"] = value
+    return leaves
+
+
+def _layers(source: str | Path | Mapping[str, Any] | Recipe) -> list[Layer]:
+    """The recipe and the bases below it, lowest first."""
+    if isinstance(source, Recipe):
+        return [(_CALLER, source.model_dump(mode="json"))]
+    if isinstance(source, Mapping):
+        return _with_bases(_CALLER, dict(source), Path(), ())
+    path = _find(str(source), Path())
+    (*bases, (origin, tree)) = _file_layers(path, ())
+    return [*bases, (origin, {"name": re.sub(r"[^\w.-]+|^\W", "_", path.stem), **tree})]
+
+
+def _file_layers(path: Path, above: tuple[Path, ...]) -> list[Layer]:
+    real = path.resolve()
+    if real in above:
+        chain = " -> ".join(file.name for file in (*above[above.index(real) :], real))
+        raise RecipeError(f"base: {chain} goes round in a circle")
+    return _with_bases(str(path), read_yaml(_read(path), str(path)), path.parent, (*above, real))
+
+
+def _with_bases(origin: str, tree: dict[str, Any], folder: Path, above: tuple[Path, ...]) -> list[Layer]:
+    base = tree.pop("base", None)
+    if base is None:
+        return [(origin, tree)]
+    if not isinstance(base, str):
+        raise RecipeError(f"base: found {describe(base)} in {origin}; allowed: the name or path of one recipe")
+    below = _file_layers(_find(base, folder), above)
+    for _, lower in below:
+        lower.pop("name", None)
+    return [*below, (origin, tree)]
+
+
+def _find(name: str, folder: Path) -> Path:
+    """The file of a shipped recipe's name, or of a path relative to `folder`."""
+    if name.endswith((".yaml", ".yml")) or "/" in name or "\\" in name:
+        path = folder / name
+        if not path.is_file():
+            raise RecipeError(f"recipe: there is no file {path}" + _same_stem(path))
+        return path
+    shipped = shipped_recipes()
+    if name not in shipped:
+        near = difflib.get_close_matches(name, shipped, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        own = f"; your own file is recipe=./{name}.yaml" if (folder / f"{name}.yaml").is_file() else hint
+        raise RecipeError(f"recipe: no shipped recipe {describe(name)}{own} (shipped: {', '.join(shipped)})")
+    return shipped[name]
+
+
+def _same_stem(path: Path) -> str:
+    return f"; recipe={path.stem} is shipped" if path.stem in shipped_recipes() else ""
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text") from error
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from error
+
+
+def _override_layers(overrides: Sequence[str] | Mapping[str, Any]) -> list[Layer]:
+    if isinstance(overrides, Mapping):
+        return [(_CALLER, dict(overrides))]
+    if isinstance(overrides, str):
+        raise RecipeError(f"overrides: found {describe(overrides)}; allowed: a list of key=value texts, or a mapping")
+    return [(_CALLER, dict([read_override(text)])) for text in overrides]
+
+
+def _set(config: DictConfig, key: str, value: Any) -> None:
+    """Put one value under a dotted key; lists are entered by position."""
+    node: Any = config
+    done: list[str] = []
+    for part in key.split("."):
+        here = ".".join(done)
+        if isinstance(node, ListConfig) and not part.isdigit():
+            raise RecipeError(f"{key}: {here} is a list of {len(node)} here; write {here}.0.{part}")
+        if isinstance(node, ListConfig) and int(part) >= len(node):
+            raise RecipeError(f"{key}: {here} is a list of {len(node)}, counted from 0; replace it with {here}=[...]")
+        if part.isdigit() and not isinstance(node, ListConfig) and isinstance(find_key(here), RecipeSection):
+            raise RecipeError(f"{key}: {here} is one section here; write {key.replace(f'.{part}', '', 1)}")
+        if not isinstance(node, DictConfig | ListConfig):
+            break
+        node = node[int(part)] if isinstance(node, ListConfig) else node.get(part)
+        done.append(part)
+    try:
+        OmegaConf.update(config, key, value, merge=False, force_add=True)
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise RecipeError(f"{key}: {str(error).splitlines()[0]}") from error
+
+
+def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
+    """The first mistake in one line: the key, what was found, what is allowed, the nearest name; then how many more."""
+    mistakes = error.errors(include_url=False)
+    keys = [_dotted(mistake["loc"]) for mistake in mistakes]
+    more = len({_whole(key) for key in keys}) - 1
+    also = f" (and {more} more {'mistake' if more == 1 else 'mistakes'})" if more else ""
+    key, kind, context = keys[0], mistakes[0]["type"], mistakes[0].get("ctx", {})
+    if kind == "extra_forbidden":
+        return _unknown(key, origins) + also
+    if kind == "value_error":
+        return (f"{key}: {context['error']}" if key else str(context["error"])) + also
+    return _unfit(_whole(key) if kind == "missing" else key, mistakes[0]["input"], origins) + also
+
+
+def _unfit(key: str, found: Any, origins: Mapping[str, str]) -> str:
+    target = find_key(key)
+    start = f"{key}: found {describe(found)}{_place(key, origins)}"
+    if target is None or isinstance(target, RecipeSection):
+        return f"{start}; allowed: the keys {_names(target or recipe_schema())}"
+    hint = ""
+    if isinstance(found, str) and (near := difflib.get_close_matches(found.lower(), target.choices, n=1)):
+        hint = f"; did you mean {near[0]}?"
+    elif target.allowed.startswith("text") and isinstance(found, int | float):
+        hint = f"; as text it is quoted: {key}='\"{describe(found)}\"'"
+    return f"{start}; allowed: {target.allowed}{hint}"
+
+
+def _unknown(key: str, origins: Mapping[str, str]) -> str:
+    above = find_key(key.rpartition(".")[0])
+    near = nearest_key(key)
+    hint = f"; did you mean {near}?" if near else ""
+    names = _names(above) if isinstance(above, RecipeSection) and not near else ""
+    return f"{key}: no such key{_place(key, origins)}{hint}{f'; allowed: {names}' if names else ''}"
+
+
+def _names(section: RecipeSection) -> str:
+    return ", ".join(part.leaf for part in section.parts)
+
+
+def _whole(key: str) -> str:
+    """A place inside a value, as `data.augment.scale.1`, as the key of that value."""
+    target = find_key(key)
+    return target.path if target else key
+
+
+def _dotted(location: Sequence[str | int]) -> str:
+    """The dotted key of a place in the validated data, without the names that pydantic gives to a union's branches."""
+    parts: list[str] = []
+    for part in location:
+        inside_section = isinstance(find_key(".".join(parts)), RecipeSection)
+        if isinstance(part, int) or (inside_section and part not in BN_FORMS):
+            parts.append(str(part))
+    return ".".join(parts)
+
+
+def _place(key: str, origins: Mapping[str, str]) -> str:
+    """` in FILE` where a file gave the key, or a key above or below it; nothing for what the caller wrote himself."""
+    while key:
+        for known, origin in reversed(list(origins.items())):
+            if known == key or known.startswith(f"{key}."):
+                return f" in {origin}" if origin != _CALLER else ""
+        key = key.rpartition(".")[0]
+    return ""

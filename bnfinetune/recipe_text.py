@@ -1,0 +1,186 @@
+"""From YAML text to plain values: bounded, untagged, without aliases that multiply and without interpolation.
+
+A recipe or an override may come from a stranger. Text is therefore read as a stream of YAML events before anything
+is built from it, and refused where it could run code, name the environment, or grow beyond its own size.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bnfinetune.errors import RecipeError
+
+MAX_BYTES = 64 * 1024
+MAX_NODES = 10_000
+MAX_DEPTH = 32
+
+_PART = r"[A-Za-z0-9_][\w-]*"
+_KEY = re.compile(rf"{_PART}(\.{_PART})*", re.ASCII)
+_TEXT = re.compile(r"[*&!%@`|>#]|[^\"'\[{].*\s#", re.DOTALL)
+_QUOTE_GLOBS = "text that begins with * is quoted"
+
+
+def read_yaml(text: str, origin: str) -> dict[Any, Any]:
+    """The mapping that a recipe file holds, as plain Python values; empty text is an empty recipe.
+
+    Args:
+        text: The YAML.
+        origin: Name of the file, for messages.
+
+    Raises:
+        RecipeError: It is not one YAML mapping, or is larger, deeper or more repetitive than a recipe can be, or it
+            holds a tag (`!...`) or an interpolation (`${...}`).
+    """
+    _check_events(text, origin)
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        raise RecipeError(f"{origin}: {_reason(error)}") from error
+    if not isinstance(config, dict):
+        raise RecipeError(f"{origin}: a recipe is a mapping of keys to values, found {describe(config)}")
+    return config
+
+
+def read_override(text: str) -> tuple[str, Any]:
+    """Split `key.sub=value`; the value is YAML: `true`, `1e-3`, `null`, `[a, b]`, `{drop_rate: 0.1}`, text.
+
+    A value that begins with a character that YAML reserves, as the glob `*.bn1` does, is text, and so is ` #`.
+
+    Raises:
+        RecipeError: There is no `=`, the key is not dotted names, the value is missing or not YAML.
+    """
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise RecipeError(f"{text}: an override is written key=value, such as optim.lr=1e-3")
+    check_key(key)
+    if not value.strip():
+        raise RecipeError(f"{key}= has no value; write {key}=null for none, or {key}='\"\"' for empty text")
+    if _TEXT.match(value):
+        return key, plain(value, key)
+    _check_events(value, key)
+    try:
+        config = OmegaConf.from_dotlist([f"value={value}"])
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise RecipeError(f"{key}: {_reason(error)}") from error
+    return key, OmegaConf.to_container(config, resolve=False)["value"]  # type: ignore[call-overload,index]
+
+
+def check_key(key: object) -> None:
+    """Raise RecipeError unless `key` is dotted names, such as `optim.schedule.name` or `bn.0.layers`."""
+    if not isinstance(key, str) or not _KEY.fullmatch(key):
+        raise RecipeError(f"{key!r} is not a key; keys are dotted names, such as optim.lr or bn.0.layers")
+
+
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested mappings under its dotted key; lists are values. Dotted keys are as good as nested ones.
+
+    Raises:
+        RecipeError: A key is not a dotted name, or mappings are nested too deeply.
+    """
+    if prefix.count(".") > MAX_DEPTH:
+        raise RecipeError(f"{prefix[:60]}...: nested more than {MAX_DEPTH} deep")
+    for name, value in tree.items():
+        check_key(name)
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def plain(value: Any, key: str, depth: int = 0) -> Any:
+    """A value from Python as YAML would give it: paths become text, tuples lists, NumPy scalars numbers.
+
+    Raises:
+        RecipeError: It is of a type that a recipe cannot hold, or holds an interpolation.
+    """
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    elif hasattr(value, "item") and getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, str):
+        _check_text(value, key)
+        return value
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, list | tuple) and depth < MAX_DEPTH:
+        return [plain(item, key, depth + 1) for item in value]
+    if isinstance(value, Mapping) and depth < MAX_DEPTH and all(isinstance(name, str) for name in value):
+        return {name: plain(item, f"{key}.{name}", depth + 1) for name, item in value.items()}
+    raise RecipeError(
+        f"{key}: found {describe(value)}; a recipe holds text, numbers, true, false, null, lists, mappings"
+    )
+
+
+def describe(value: Any) -> str:
+    """A found value for a message, short and on one line, in YAML's terms."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return f"a mapping of {', '.join(map(repr, value)) or 'nothing'}"[:60]
+    shown = repr(value) if isinstance(value, str | int | float | list) else f"a {type(value).__name__}"
+    return shown if len(shown) <= 60 else f"{shown[:56]} ..."
+
+
+def _check_events(text: str, origin: str) -> None:
+    """Walk the YAML without building it; an alias counts as all that it stands for."""
+    if len(text) > MAX_BYTES:
+        raise RecipeError(f"{origin}: longer than the {MAX_BYTES // 1024} KiB that a recipe may have")
+    open_nodes: list[tuple[str | None, int]] = [(None, 0)]
+    sizes: dict[str | None, int] = {}
+    for event in _events(text, origin):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, 1))
+            size = 0
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = open_nodes.pop()
+            sizes[anchor] = size
+        elif isinstance(event, yaml.ScalarEvent):
+            sizes[event.anchor] = size = 1
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise RecipeError(f"{origin}: *{event.anchor} stands for nothing; {_QUOTE_GLOBS}")
+            size = sizes[event.anchor]
+        else:
+            continue
+        anchor, before = open_nodes[-1]
+        open_nodes[-1] = (anchor, before + size)
+        if len(open_nodes) > MAX_DEPTH or before + size > MAX_NODES:
+            raise RecipeError(f"{origin}: more than {MAX_DEPTH} levels or {MAX_NODES} values; no recipe needs that")
+
+
+def _events(text: str, origin: str) -> Iterator[yaml.Event]:
+    """The YAML events of untagged text that stands for itself."""
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if tag := getattr(event, "tag", None):
+                raise RecipeError(f"{origin}: the tag {describe(tag)} is refused; a recipe holds plain values only")
+            if isinstance(event, yaml.ScalarEvent):
+                _check_text(event.value, origin)
+            yield event
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{origin}: {_reason(error)}") from error
+
+
+def _check_text(text: str, origin: str) -> None:
+    """Refuse interpolation, which could copy the environment into saved recipes, and text that is not Unicode."""
+    if "${" in text:
+        raise RecipeError(f"{origin}: {describe(text)} asks for interpolation; a recipe holds plain values only")
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise RecipeError(f"{origin}: {describe(text)} is not valid Unicode")
+
+
+def _reason(error: Exception) -> str:
+    """What a YAML or OmegaConf error says, on one line."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return " ".join(str(error).split("full_key")[0].split())
+    line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+    remedy = f"; {_QUOTE_GLOBS}" if "alias" in (error.context or "") else ""
+    return f"not YAML: {line}{' '.join((error.problem or '').split())}{remedy}"
