@@ -42,3 +42,7 @@ class BackboneError(BnFinetuneError, LookupError):
 
 class CheckpointError(BnFinetuneError, OSError):
     """A checkpoint or run folder that is missing, damaged, foreign or in the way."""
+
+
+class TrainingError(BnFinetuneError, RuntimeError):
+    """Training that cannot go on, such as a loss that is not finite."""

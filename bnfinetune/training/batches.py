@@ -1,0 +1,65 @@
+"""Batches too small for a training BN layer: one value per channel has no variance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bnfinetune.bn.layers import find_bn_layers
+from bnfinetune.bn.switches import switches_of
+from bnfinetune.errors import DataError, SelectionError
+from bnfinetune.training.evaluate import evaluation_mode, input_format
+
+
+def smallest_normalisation(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[str, int] | None:
+    """The BN layer that sees the fewest values per channel and image in training, and how many these are.
+
+    Only layers that normalise by the batch count. Found by one observed forward of two blank images in evaluation mode.
+
+    Args:
+        model: The network with its policies applied.
+        input_size: Channels, height and width of one image.
+
+    Returns:
+        The layer's name and its values per channel and image, or None if no layer normalises by the batch.
+    """
+    try:
+        layers = find_bn_layers(model)
+    except SelectionError:
+        return None
+    seen: dict[str, int] = {}
+    batch = 2
+
+    def watch(name: str) -> torch.utils.hooks.RemovableHandle:
+        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            values = args[0].numel() // (args[0].shape[1] * batch)
+            seen[name] = min(values, seen.get(name, values))
+
+        return layers[name].register_forward_pre_hook(note)
+
+    handles = [watch(name) for name, layer in layers.items() if switches_of(layer).train_stats != "running"]
+    try:
+        parameter = next(model.parameters())
+        blank = torch.zeros(batch, *input_size, device=parameter.device, dtype=parameter.dtype)
+        with evaluation_mode(model), torch.no_grad():
+            model(blank.contiguous(memory_format=input_format(model)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return min(seen.items(), key=lambda item: item[1], default=None)
+
+
+def smallest_batch(model: nn.Module, input_size: tuple[int, int, int], batch_size: int) -> int:
+    """Fewest images of a batch that every training BN layer accepts: 1, or 2 where a layer sees one value per image.
+
+    Raises:
+        DataError: `batch_size` itself is below that.
+    """
+    found = smallest_normalisation(model, input_size)
+    needed = 1 if found is None or found[1] > 1 else 2
+    if found is not None and batch_size < needed:
+        raise DataError(
+            f"train.batch_size={batch_size} leaves BN layer {found[0]} one value per channel, which has no variance; "
+            "use at least 2, a larger data.image_size, or frozen statistics (recipe=freeze_bn)"
+        )
+    return needed

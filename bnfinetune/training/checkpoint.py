@@ -1,0 +1,141 @@
+"""What a run saves: timm folders for use, and complete training states for going on."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models import save_config_for_hf
+from torch import nn
+
+from bnfinetune.bn.policy import load_policy_state, policy_state
+from bnfinetune.demo import timm_equivalent
+from bnfinetune.errors import CheckpointError
+from bnfinetune.training.folder import complete_folder, write_folder, write_json, write_text
+
+WEIGHTS = "model.safetensors"
+RECIPE = "recipe.yaml"
+_TRAINER = "trainer.pt"
+
+
+def save_export(
+    folder: Path, model: nn.Module, class_names: Sequence[str], data_config: Mapping[str, Any], recipe_text: str
+) -> None:
+    """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads with nothing but timm.
+
+    It holds the weights, the preprocessing, the class names, and the recipe that made it.
+    """
+
+    def fill(target: Path) -> None:
+        save_tensors(target / WEIGHTS, model.state_dict())
+        config_path = target / "config.json"
+        save_config_for_hf(
+            model, str(config_path), model_config={"label_names": list(class_names)}, data_config=dict(data_config)
+        )
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        write_json(config_path, timm_equivalent(config))
+        write_text(target / RECIPE, recipe_text)
+
+    write_folder(folder, fill)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors as safetensors; tensors that share memory are written once each."""
+    save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, str(path))
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of an exported or saved folder, on the CPU."""
+    try:
+        return load_file(str(folder / WEIGHTS))
+    except Exception as error:  # safetensors raises its own error and OSError alike
+        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Every random state of this process, as primitives and tensors that load without pickled code."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    state = {
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Undo everything drawn since `random_state`."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+class StateStore:
+    """Complete training states under RUN/checkpoints, the newest `keep` of them.
+
+    A state is a folder `update-00000120`: the weights of the model (and of its average), and one file of tensors and
+    primitives with the optimizer, the scaler, the progress, the policy's own state, and each rank's random state.
+    """
+
+    def __init__(self, run_folder: Path, keep: int) -> None:
+        self.folder = run_folder / "checkpoints"
+        self.keep = keep
+
+    def save(
+        self, update: int, models: Mapping[str, nn.Module], trainer: Mapping[str, Any], recipe_text: str
+    ) -> None:
+        """Write the state after `update` optimizer updates; `models` maps file stems to networks."""
+
+        def fill(target: Path) -> None:
+            for name, model in models.items():
+                save_tensors(target / f"{name}.safetensors", model.state_dict())
+            policies = {name: policy_state(model) for name, model in models.items()}
+            torch.save({**trainer, "policies": policies}, target / _TRAINER)
+            write_text(target / RECIPE, recipe_text)
+
+        write_folder(self.folder / f"update-{update:08d}", fill)
+        for stale in self._folders()[: -self.keep]:
+            shutil.rmtree(stale, ignore_errors=True)
+
+    def _folders(self) -> list[Path]:
+        return sorted(p for p in self.folder.glob("update-*") if p.is_dir() and p.suffix != ".old")
+
+    def newest(self) -> tuple[Path | None, list[str]]:
+        """The newest undamaged state, if any, and a line for each damaged one that was passed over."""
+        passed: list[str] = []
+        for folder in reversed(self._folders()):
+            try:
+                return complete_folder(folder), passed
+            except CheckpointError as error:
+                passed.append(str(error))
+        return None, passed
+
+
+def load_state(folder: Path, models: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Load a state's weights and policies into `models` and return the rest of it.
+
+    Raises:
+        CheckpointError: A file is missing, or the weights are of another network.
+    """
+    try:
+        trainer: dict[str, Any] = torch.load(folder / _TRAINER, map_location="cpu", weights_only=True)
+        for name, model in models.items():
+            model.load_state_dict(load_file(str(folder / f"{name}.safetensors")))
+            load_policy_state(model, trainer["policies"][name])
+    except Exception as error:  # torch, safetensors and pickle raise each their own
+        raise CheckpointError(f"{folder} cannot be resumed: {error}") from error
+    return trainer

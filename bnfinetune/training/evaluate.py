@@ -1,0 +1,125 @@
+"""Measuring a network on a split: exact counts over all ranks, and nothing of the model changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from bnfinetune.errors import CheckpointError, DataError
+from bnfinetune.recipe import Recipe
+from bnfinetune.recipe_files import load_recipe
+from bnfinetune.training.backbone import input_config
+from bnfinetune.training.checkpoint import RECIPE
+from bnfinetune.training.data import build_loaders, load_splits
+from bnfinetune.training.metrics import Metrics, Tally
+from bnfinetune.training.start import start_accelerator
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put `model` in evaluation mode and give every module its own mode back, whatever happens."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def measure(model: nn.Module, loader: Any, num_classes: int, accelerator: Accelerator) -> Metrics:
+    """Metrics of `model` over `loader`, of which each rank holds a disjoint share.
+
+    The bare model is called, never its DDP wrapper, so ranks may hold different numbers of batches.
+    """
+    tally = Tally(num_classes)
+    memory_format = input_format(model)
+    with evaluation_mode(model), torch.inference_mode(), accelerator.autocast():
+        for images, labels, *_ in loader:
+            images = images.to(accelerator.device, non_blocking=True, memory_format=memory_format)
+            tally.add(model(images), labels.to(accelerator.device, non_blocking=True))
+    tally.merge()
+    return tally.metrics()
+
+
+def input_format(model: nn.Module) -> torch.memory_format:
+    """The memory format that a model's convolution weights are stored in."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4 and not parameter.is_contiguous():
+            return torch.channels_last
+    return torch.contiguous_format
+
+
+def checkpoint_recipe(checkpoint: str, overrides: Sequence[str] = ()) -> tuple[Path, Recipe]:
+    """The folder of a checkpoint (a run folder stands for its best) and the recipe saved in it, with overrides.
+
+    Raises:
+        CheckpointError: It is not a folder that a run exported.
+    """
+    folder = Path(checkpoint)
+    if not (folder / "config.json").is_file() and (folder / "best" / "config.json").is_file():
+        folder = folder / "best"
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"checkpoint: {checkpoint} holds no exported model (config.json); name RUN or RUN/best")
+    saved = folder / RECIPE
+    return folder, load_recipe(str(saved) if saved.is_file() else {}, overrides)
+
+
+def evaluate_checkpoint(checkpoint: str, overrides: Sequence[str] = ()) -> dict[str, Metrics]:
+    """Measure an exported network on a data set; `bnfinetune evaluate` calls this.
+
+    Args:
+        checkpoint: A run folder, an exported folder such as RUN/best, or any folder that timm saved.
+        overrides: `data.*` and `evaluate.*` overrides of the recipe saved in the folder.
+
+    Returns:
+        Metrics by split: `validation`, and `test` where there is one.
+
+    Raises:
+        CheckpointError: The folder holds no network.
+        DataError: The data cannot be used, or its classes are not the network's.
+    """
+    folder, recipe = checkpoint_recipe(checkpoint, overrides)
+    accelerator = start_accelerator(recipe.train.mixed_precision)
+    model = load_exported(folder).to(accelerator.device)
+    splits = load_splits(recipe.data, recipe.run.seed)
+    check_classes(model, splits.class_names, folder)
+    loaders = build_loaders(
+        splits,
+        input_config(model, None),
+        recipe,
+        rank=accelerator.process_index,
+        ranks=accelerator.num_processes,
+    )
+    measured = {"validation": loaders.val} | ({} if loaders.test is None else {"test": loaders.test})
+    return {name: measure(model, loader, model.num_classes, accelerator) for name, loader in measured.items()}
+
+
+def load_exported(folder: Path) -> nn.Module:
+    """The network of an exported folder, in evaluation mode.
+
+    Raises:
+        CheckpointError: It cannot be loaded.
+    """
+    try:
+        model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except Exception as error:  # timm, torch, safetensors and json raise each their own
+        raise CheckpointError(f"checkpoint: {folder} cannot be loaded ({error})") from error
+    return model.eval()
+
+
+def check_classes(model: nn.Module, class_names: Sequence[str], folder: Path) -> None:
+    """Refuse data whose classes are not the network's, or are in another order."""
+    known = tuple(model.pretrained_cfg.get("label_names") or ())
+    if known != tuple(class_names) and (known or model.num_classes != len(class_names)):
+        raise DataError(
+            f"data.source has the classes {', '.join(class_names[:5])}... ({len(class_names)}), but {folder} predicts "
+            f"{', '.join(known[:5])}... ({model.num_classes}): evaluate on data with the same classes"
+        )

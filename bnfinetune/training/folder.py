@@ -1,0 +1,125 @@
+"""The run folder: never overwritten silently, written by rank 0 alone, each file whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bnfinetune.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+
+
+def choose_folder(directory: str | None, name: str) -> Path:
+    """The folder of a new run: `directory` if it is new or empty, else the next free `runs/NAME[-N]`.
+
+    Raises:
+        CheckpointError: `directory` already holds something, or its parent cannot be written.
+    """
+    if directory is None:
+        stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+        number = 1
+        while (folder := Path("runs") / (stem if number == 1 else f"{stem}-{number}")).exists():
+            number += 1
+    else:
+        folder = Path(directory)
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise CheckpointError(
+                f"run.dir: {folder} is not empty; choose another folder, or continue that run with train.resume=auto"
+            )
+    _check_writable(folder)
+    return folder
+
+
+def _check_writable(folder: Path) -> None:
+    """Fail before the run rather than after it, and without creating anything."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise CheckpointError(f"run.dir: {existing} is not a writable folder; choose another run.dir")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old or the new content, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of indented JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Append one JSON line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write a folder, add checksums, and only then give it its name.
+
+    An existing `target` is moved aside first and removed last, so that at every moment a complete folder exists
+    under `target` or under its name with `.old` behind it (`complete_folder` looks at both).
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    old = target.with_name(f"{target.name}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    fill(temporary)
+    files = sorted(p for p in temporary.rglob("*") if p.is_file())
+    write_json(temporary / MANIFEST, {str(p.relative_to(temporary)): _sha256(p) for p in files})
+    for path in (*files, temporary):
+        _flush(path)
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    temporary.rename(target)
+    _flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def complete_folder(target: Path) -> Path:
+    """`target`, or what a crash during its replacement left of it, after comparing every checksum.
+
+    Raises:
+        CheckpointError: Neither is there and undamaged.
+    """
+    problem = f"{target} does not exist"
+    for folder in (target, target.with_name(f"{target.name}.old")):
+        if folder.is_dir():
+            damaged = _damaged(folder)
+            if damaged is None:
+                return folder
+            problem = f"{folder} is damaged: {damaged}"
+    raise CheckpointError(problem)
+
+
+def _damaged(folder: Path) -> str | None:
+    """What is wrong with a folder that `write_folder` wrote, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return next((f"{name} has changed" for name, digest in manifest.items() if _sha256(folder / name) != digest), None)
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{MANIFEST} or a file that it lists cannot be read ({error})"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,271 @@
+"""The fine-tuning loop: groups of micro-batches, one optimizer update each, with pauses to evaluate and save."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from timm.loss import SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from bnfinetune.bn.ranks import merge_running_stats
+from bnfinetune.errors import TrainingError
+from bnfinetune.recipe import Recipe
+from bnfinetune.training.data import Loaders
+from bnfinetune.training.evaluate import input_format
+from bnfinetune.training.optim import build_optimizer, build_schedule
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Pause(Protocol):
+    """What the loop calls between updates."""
+
+    def __call__(self, *, evaluate: bool) -> None: ...
+
+
+@dataclass
+class Progress:
+    """How far a run has come; saved with every state and restored from it."""
+
+    update: int = 0  # optimizer updates done
+    epoch: int = 0  # passes over the training split begun before this one
+    batch: int = 0  # batches of this epoch already used, per rank
+    images: int = 0  # images trained on, over all ranks
+    best: float | None = None  # best value of checkpoint.metric
+    best_update: int = 0
+    stale: int = 0  # evaluations since the best
+    seconds: float = 0.0  # time spent in updates
+    waiting: float = 0.0  # part of it spent waiting for data
+    stopped: bool = False  # by early stopping
+
+
+def total_updates(recipe: Recipe, batches: int | None) -> int:
+    """Optimizer updates of the whole run; `batches` per epoch and rank is None for a stream."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    assert batches is not None  # the recipe schema asks streams for train.steps
+    return recipe.train.epochs * math.ceil(batches / recipe.train.grad_accum)
+
+
+@dataclass
+class Trainer:
+    """Everything that one run trains with.
+
+    `model` is the bare network that policies, averages and checkpoints see; `forward` is the same network as it is
+    called in training, inside DDP on several ranks and compiled on request.
+    """
+
+    recipe: Recipe
+    accelerator: Accelerator
+    model: nn.Module
+    loaders: Loaders
+    num_classes: int
+    progress: Progress = field(default_factory=Progress)
+    losses: list[float] = field(default_factory=list)  # of the updates since the last evaluation
+
+    def __post_init__(self) -> None:
+        train = self.recipe.train
+        self.model.to(self.accelerator.device)
+        self.updates = total_updates(self.recipe, self.loaders.train_batches)
+        self.optimizer = build_optimizer(self.model, self.recipe.optim)
+        self.schedule = build_schedule(self.optimizer, self.recipe.optim.schedule, self.updates)
+        self.schedule.step_update(0)
+        self.stepper = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
+        self.ema = None if train.ema is None else ModelEmaV3(self.model, decay=train.ema, use_warmup=True)
+        self.mixup = self.loaders.mixup
+        # timm's mixup smooths the labels itself
+        self.loss_of = SoftTargetCrossEntropy() if self.mixup else nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
+        self.forward = self.wrap()
+
+    def wrap(self) -> nn.Module:
+        """The network as it is called in training; called again whenever what trains has changed."""
+        forward: nn.Module = self.model
+        if self.accelerator.num_processes > 1:
+            # Accelerate's prepare_model would patch `forward` on the instance for autocast, which deep copies and
+            # a second wrapping would carry along. Buffers are not broadcast: that would throw away the statistics of
+            # every rank but the first, which `merge_running_stats` keeps.
+            device = self.accelerator.device
+            ids = None if device.type == "cpu" else [device]
+            forward = DistributedDataParallel(forward, device_ids=ids, broadcast_buffers=False)
+        if self.recipe.model.compile:
+            forward = torch.compile(forward)  # type: ignore[assignment]
+        return forward
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is measured and exported: the average where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def fit(self, pause: Pause) -> None:
+        """Train until the last update or until `pause` sets `progress.stopped`.
+
+        Args:
+            pause: Called between updates when it is time to evaluate, to save, or both.
+
+        Raises:
+            TrainingError: The loss is not finite.
+        """
+        bar = tqdm(
+            total=self.updates,
+            initial=self.progress.update,
+            desc=self.recipe.name,
+            unit="update",
+            dynamic_ncols=True,
+            disable=None if self.accelerator.is_main_process else True,  # None: quiet where output is no terminal
+        )
+        with bar:
+            while not self._is_over():
+                self._epoch(bar, pause)
+
+    def _is_over(self) -> bool:
+        return self.progress.update >= self.updates or self.progress.stopped
+
+    def _epoch(self, bar: Any, pause: Pause) -> None:
+        """Train from the present position to the end of its epoch."""
+        self.forward.train()
+        self.loaders.set_position(self.progress.epoch, self.progress.batch)
+        for group, ends_epoch in self._groups():
+            self._update(group)
+            if ends_epoch:
+                self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
+            bar.update()
+            if not bar.disable:
+                bar.set_postfix_str(self._status(), refresh=False)
+            evaluate = self.is_evaluation(ends_epoch)
+            if evaluate or self._is_save():
+                pause(evaluate=evaluate)
+                self.forward.train()
+            if self._is_over():
+                return
+
+    def _groups(self) -> Iterator[tuple[list[Batch], bool]]:
+        """Yield (micro-batches of one update, whether they end the epoch), looking one group ahead."""
+        batches = iter(self.loaders.train)
+        size = self.recipe.train.grad_accum
+        group = self._fetch(batches, size)
+        if not group:
+            raise TrainingError("the training data gave no batch: lower train.batch_size or add images")
+        while group:
+            following = self._fetch(batches, size)
+            yield group, not following
+            group = following
+
+    def _fetch(self, batches: Iterator[Batch], size: int) -> list[Batch]:
+        begin = time.perf_counter()
+        group = list(islice(batches, size))
+        self.progress.waiting += time.perf_counter() - begin
+        return group
+
+    def _update(self, group: list[Batch]) -> None:
+        """One optimizer update from the micro-batches of `group`, each weighted by its number of images."""
+        begin = time.perf_counter()
+        train, accelerator = self.recipe.train, self.accelerator
+        total = sum(len(labels) for _, labels in group)
+        loss_sum = torch.zeros((), device=accelerator.device)
+        for number, (images, labels) in enumerate(group):
+            last = number == len(group) - 1
+            with _synchronised(self.forward, last):
+                loss = self._loss(images, labels, number)
+                accelerator.backward(loss * (len(labels) / total))
+            loss_sum += loss.detach() * (len(labels) / total)
+        self._check_loss(value := float(loss_sum))
+        if self.recipe.optim.clip_grad is not None:
+            accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip_grad)
+        self.stepper.step()
+        self.stepper.zero_grad()
+        progress = self.progress
+        progress.update += 1
+        progress.batch += len(group)
+        progress.images += total * accelerator.num_processes
+        self.schedule.step_update(progress.update)
+        if self.ema is not None:
+            self.ema.update(self.model, step=progress.update)
+        self.losses.append(value)
+        progress.seconds += time.perf_counter() - begin
+
+    def _loss(self, images: Tensor, labels: Tensor, number: int) -> Tensor:
+        device = self.accelerator.device
+        images = images.to(device, non_blocking=True, memory_format=input_format(self.model))
+        labels = labels.to(device, non_blocking=True)
+        if self.mixup is not None:
+            images, labels = self.mixup(images, labels, self.progress.epoch, self.progress.batch + number)
+        with self.accelerator.autocast():
+            loss: Tensor = self.loss_of(self.forward(images), labels)
+        return loss
+
+    def _check_loss(self, value: float) -> None:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss is {value} at update {self.progress.update + 1}: lower optim.lr (now {self.recipe.optim.lr:g}), "
+                "set optim.clip_grad, or leave train.mixed_precision=fp16"
+            )
+
+    def _status(self) -> str:
+        rate = self.progress.images / max(self.progress.seconds + self.progress.waiting, 1e-9)
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        return f"loss {self.losses[-1]:.3f}  lr {lr:.2g}  {rate:.0f} images/s"
+
+    def is_evaluation(self, ends_epoch: bool) -> bool:
+        """Whether to evaluate after the update just made: at the rhythm asked for, and after the last one."""
+        evaluate, progress = self.recipe.evaluate, self.progress
+        if progress.update >= self.updates:
+            return True
+        if evaluate.every_steps is not None:
+            return progress.update % evaluate.every_steps == 0
+        return ends_epoch and progress.epoch % evaluate.every_epochs == 0
+
+    def _is_save(self) -> bool:
+        every = self.recipe.checkpoint.every_steps
+        return every is not None and self.progress.update % every == 0
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks of a training state by name: `model`, and `ema` where weights are averaged."""
+        return {"model": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
+
+    def state(self) -> dict[str, Any]:
+        """What a training state holds besides networks, policies and random states."""
+        scaler = self.accelerator.scaler
+        return {
+            "progress": asdict(self.progress),
+            "losses": self.losses,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go back to what `state` returned."""
+        self.progress = Progress(**state["progress"])
+        self.losses = state["losses"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def take_losses(self) -> dict[str, float | None]:
+        """The mean training loss since it was last asked for, and the present learning rate."""
+        mean = sum(self.losses) / len(self.losses) if self.losses else None
+        self.losses.clear()
+        return {"train_loss": mean, "lr": max(group["lr"] for group in self.optimizer.param_groups)}
+
+    def merge_statistics(self) -> None:
+        """Give all ranks the statistics of all images: before every evaluation, save and exit."""
+        for model in self.networks().values():
+            merge_running_stats(model, count=self.progress.images / self.accelerator.num_processes)
+
+
+def _synchronised(forward: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Exchange gradients between ranks only in the backward of a group's last micro-batch."""
+    if last or not hasattr(forward, "no_sync"):
+        return nullcontext()
+    waiting: AbstractContextManager[Any] = forward.no_sync()
+    return waiting

@@ -1,0 +1,206 @@
+"""Parameter groups chosen by the owning module, timm's optimizers, and timm's schedules counted in updates."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
+
+import timm.layers
+import timm.optim
+import torch
+from timm.models import group_parameters
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from bnfinetune.bn.layers import is_bn_layer, unwrap
+from bnfinetune.errors import PolicyError, RecipeError
+from bnfinetune.recipe import Optim, Schedule
+
+_TORCH_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+@cache
+def _norm_classes() -> tuple[type, ...]:
+    """Normalisation classes of torch and timm; timm keeps a factory map of its own, so new ones are found too."""
+    named = (getattr(timm.layers, name) for name in dir(timm.layers) if "Norm" in name)
+    return _TORCH_NORMS + tuple(c for c in named if isinstance(c, type) and issubclass(c, nn.Module))
+
+
+def is_norm_layer(module: nn.Module) -> bool:
+    """Whether `module` is a normalisation layer: any BatchNorm, or one of torch's or timm's other norms."""
+    return is_bn_layer(module) or isinstance(module, _norm_classes())
+
+
+def _owned_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Yield (name, kind, parameter) once per trainable parameter; kind is `norm`, `bias` or `weight`.
+
+    The kind follows the module that owns the parameter. A parameter shared by several modules belongs to its first.
+    """
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for local, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen or not parameter.requires_grad:
+                continue
+            seen.add(id(parameter))
+            name = f"{prefix}.{local}" if prefix else local
+            if is_norm_layer(module):
+                kind = "norm"
+            elif parameter is getattr(module, "bias", None):
+                kind = "bias"
+            else:
+                kind = "weight"
+            yield name, kind, parameter
+
+
+def _layer_scales(model: nn.Module, layer_decay: float | None) -> dict[str, float]:
+    """Learning-rate factor per parameter name: `layer_decay ** (last group - group)` over timm's layer groups."""
+    if layer_decay is None:
+        return {}
+    if not hasattr(model, "group_matcher"):
+        raise PolicyError(f"layer_decay needs timm's group_matcher, which {type(model).__name__} lacks: leave layer_decay unset")
+    groups: dict[str, int] = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    last = max(groups.values())
+    return {name: layer_decay ** (last - group) for name, group in groups.items()}
+
+
+def head_parameters(model: nn.Module) -> set[int]:
+    """Identities of the classifier's parameters, found through timm's `get_classifier`."""
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
+    heads = classifier if isinstance(classifier, tuple | list) else (classifier,)
+    return {id(p) for head in heads if isinstance(head, nn.Module) for p in head.parameters()}
+
+
+def param_groups(
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    norm_decay: bool = False,
+    bias_decay: bool = False,
+    lr: float | None = None,
+    layer_decay: float | None = None,
+    head_lr_scale: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Groups for any torch optimizer, with normalisation layers and biases out of weight decay.
+
+    What decays is decided by the module that owns a parameter, never by its name or number of dimensions. A bias of a
+    normalisation layer counts as norm, not as bias. Names that a timm model lists in `no_weight_decay()` never decay.
+
+    Args:
+        model: The network; wrappers of DDP and `torch.compile` are looked through. Frozen parameters are left out.
+        weight_decay: Decay of everything that decays.
+        norm_decay: Let weights and biases of normalisation layers decay too.
+        bias_decay: Let the other biases decay too.
+        lr: Peak learning rate. Where given, each group carries its own `lr`; otherwise groups carry timm's `lr_scale`.
+        layer_decay: Learning-rate factor from each of timm's layer groups to the one before it.
+        head_lr_scale: Learning-rate factor of the classifier.
+
+    Returns:
+        One dict per combination of decay and learning rate: `params`, `param_names`, `weight_decay`, `name`, and `lr`
+        or `lr_scale`. Every trainable parameter is in exactly one.
+
+    Raises:
+        PolicyError: The model has no trainable parameter, or `layer_decay` is asked of a model without layer groups.
+    """
+    model = unwrap(model)
+    scales = _layer_scales(model, layer_decay)
+    head = head_parameters(model)
+    never = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    decays = {"norm": norm_decay, "bias": bias_decay, "weight": True}
+    groups: dict[tuple[str, float, float], dict[str, Any]] = {}
+    for name, kind, parameter in _owned_parameters(model):
+        decay = weight_decay if decays[kind] and name not in never else 0.0
+        scale = scales.get(name, 1.0) * (head_lr_scale if id(parameter) in head else 1.0)
+        label = "head" if id(parameter) in head else "norm" if kind == "norm" else "other"
+        group = groups.setdefault((label, decay, scale), _new_group(label, decay, scale, lr))
+        group["params"].append(parameter)
+        group["param_names"].append(name)
+    check_groups(model, groups.values())
+    return list(groups.values())
+
+
+def _new_group(label: str, decay: float, scale: float, lr: float | None) -> dict[str, Any]:
+    rate = {"lr_scale": scale} if lr is None else {"lr": lr * scale}
+    return {"name": label, "params": [], "param_names": [], "weight_decay": decay, **rate}
+
+
+def check_groups(model: nn.Module, groups: Iterable[dict[str, Any]]) -> None:
+    """Prove that every trainable parameter of `model` is in exactly one group.
+
+    Raises:
+        PolicyError: Names the first parameter that is in none or in several, or that nothing is trainable.
+    """
+    counts: dict[int, int] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    trainable = {name: id(p) for name, p in unwrap(model).named_parameters() if p.requires_grad}
+    if not trainable:
+        raise PolicyError("no parameter is trainable: every one is frozen; set model.trainable or bn.affine")
+    for name, identity in trainable.items():
+        if counts.get(identity, 0) != 1:
+            raise PolicyError(f"parameter {name} is in {counts.get(identity, 0)} optimizer groups: put it in exactly one")
+
+
+def describe_groups(groups: Iterable[dict[str, Any]]) -> list[str]:
+    """One line per group: what it holds, its learning rate and its decay."""
+    return [
+        f"{group['name']:<5} {len(group['params']):>4} tensors {sum(p.numel() for p in group['params']):>11,} values"
+        f"  lr {group.get('initial_lr', group.get('lr', float('nan'))):.3g}  weight decay {group['weight_decay']:g}"
+        for group in groups
+    ]
+
+
+def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+    """timm's optimizer of that name over `param_groups`.
+
+    Raises:
+        RecipeError: timm knows no optimizer of that name, or it refuses one of `optim.kwargs`.
+    """
+    known = timm.optim.list_optimizers()
+    if optim.name.lower().removeprefix("lookahead_") not in known:
+        near = difflib.get_close_matches(optim.name.lower(), known, n=1)
+        hint = f"; nearest: {near[0]}" if near else ""
+        raise RecipeError(f"optim.name: timm has no optimizer {optim.name!r}{hint} ({len(known)} known, such as adamw, sgd, lamb)")
+    groups = param_groups(
+        model,
+        optim.weight_decay,
+        norm_decay=optim.norm_decay,
+        bias_decay=optim.bias_decay,
+        lr=optim.lr,
+        layer_decay=optim.layer_decay,
+        head_lr_scale=optim.head_lr_scale,
+    )
+    try:
+        return timm.optim.create_optimizer_v2(
+            groups, opt=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, **optim.kwargs
+        )
+    except (TypeError, ValueError, ImportError) as error:
+        raise RecipeError(f"optim.name={optim.name} with optim.kwargs={optim.kwargs}: {error}") from error
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, updates: int) -> Scheduler:
+    """timm's schedule over `updates` optimizer updates; call `step_update(n)` after the n-th update.
+
+    The warm-up ends at the peak learning rate, and the schedule's shape spans the updates after it.
+    """
+    warmup = min(round(schedule.warmup_fraction * updates), updates - 1)
+    after = updates - warmup
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="poly" if schedule.name == "linear" else schedule.name,
+        num_epochs=after,
+        updates_per_epoch=1,
+        step_on_epochs=False,
+        warmup_epochs=warmup,
+        warmup_prefix=True,
+        warmup_lr=schedule.warmup_lr,
+        min_lr=schedule.min_lr,
+        decay_epochs=max(schedule.decay_fraction * after, 1),
+        decay_milestones=[share * after for share in schedule.milestones],
+        # timm reads the exponent of a polynomial from decay_rate; an exponent of one is a straight line
+        decay_rate=1.0 if schedule.name == "linear" else 2.0 if schedule.name == "poly" else schedule.decay_rate,
+    )
+    return scheduler

@@ -1,0 +1,119 @@
+"""One fine-tuning run, from a recipe to a folder with the best network and what was measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from bnfinetune.bn.layers import find_bn_layers
+from bnfinetune.bn.policy import BNPolicy, apply_policy
+from bnfinetune.bn.switches import switches_of
+from bnfinetune.errors import SelectionError
+from bnfinetune.recipe import BN, Recipe
+from bnfinetune.recipe_files import dump_recipe, load_recipe
+from bnfinetune.training.backbone import build_backbone, input_config, restrict_training
+from bnfinetune.training.batches import smallest_batch
+from bnfinetune.training.data import ImageSplits, build_loaders, load_splits
+from bnfinetune.training.keeper import Keeper
+from bnfinetune.training.loop import Trainer
+from bnfinetune.training.metrics import Metrics
+from bnfinetune.training.optim import describe_groups
+from bnfinetune.training.resume import choose_run
+from bnfinetune.training.start import seed_ranks, start_accelerator
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run gave. `before` and `after` map `validation`, and `test` where there is one, to metrics."""
+
+    folder: Path
+    recipe: Recipe
+    before: dict[str, Metrics]
+    after: dict[str, Metrics]
+    model: nn.Module = field(repr=False)  # the bare network with the best weights, its policies still applied
+    history: list[dict[str, Any]] = field(repr=False, default_factory=list)
+
+
+def finetune(recipe: str | Mapping[str, Any] | Recipe, /, **overrides: Any) -> RunResult:
+    """Fine-tune as `bnfinetune recipe=... [overrides]` does.
+
+    Args:
+        recipe: The name of a shipped recipe, the path of a YAML file, a nested mapping, or a `Recipe`.
+        overrides: Values that differ, under dotted keys (`**{"optim.lr": 1e-3}`) or as nested mappings (`optim={...}`).
+
+    Returns:
+        The measured accuracies, the run folder and the network.
+
+    Raises:
+        BnFinetuneError: One of its children, with one line that names the key or file and the remedy.
+    """
+    return train(load_recipe(recipe, overrides))
+
+
+def train(recipe: Recipe) -> RunResult:
+    """Run a complete recipe; `finetune` is the same for names and overrides."""
+    accelerator = start_accelerator(recipe.train.mixed_precision, recipe.run.tracking)
+    say = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True).print
+    folder = choose_run(recipe, accelerator)
+
+    splits = load_splits(recipe.data, recipe.run.seed)
+    seed_ranks(recipe.run, same_on_all=True)
+    model = build_backbone(recipe.model, splits.class_names)
+    restrict_training(model, recipe.model.trainable)
+    apply_recipe_policies(model, recipe.bn)
+    data_config = input_config(model, recipe.data.image_size)
+    loaders = build_loaders(splits, data_config, recipe, rank=accelerator.process_index, ranks=accelerator.num_processes)
+    loaders.drop_remainder(smallest_batch(model, data_config["input_size"], recipe.train.batch_size))
+    trainer = Trainer(recipe, accelerator, model, loaders, len(splits.class_names))
+
+    seed_ranks(recipe.run, same_on_all=False)
+    keeper = Keeper(trainer, folder, dump_recipe(recipe), splits.class_names, data_config, say)
+    before = keeper.begin(headline(trainer, splits))
+    trainer.fit(keeper.pause)
+    after = keeper.finish()
+    return RunResult(folder.path, recipe, before, after, model, keeper.history)
+
+
+def apply_recipe_policies(model: nn.Module, sections: BN | tuple[BN, ...]) -> None:
+    """Apply the policies of a recipe's `bn` section; one that sets no switch leaves the network as it is."""
+    policies = [
+        BNPolicy(**settings)
+        for section in (sections if isinstance(sections, tuple) else (sections,))
+        if (settings := section.model_dump(exclude_defaults=True)).keys() - {"layers", "exclude"}
+    ]
+    if policies:
+        apply_policy(model, policies)
+
+
+def headline(trainer: Trainer, splits: ImageSplits) -> list[str]:
+    """What is about to be trained, in a few lines: network, data, BN layers, optimizer groups."""
+    recipe = trainer.recipe
+    weights = recipe.model.checkpoint or ("pretrained" if recipe.model.pretrained else "random weights")
+    length = f"{recipe.train.steps} updates" if recipe.train.steps else f"{recipe.train.epochs} epochs"
+    return [
+        f"[bold]{recipe.name}[/]  {recipe.model.name} ({weights}), {length}, "
+        f"{trainer.accelerator.num_processes} x batch {recipe.train.batch_size} x {recipe.train.grad_accum} accumulated",
+        f"data   {splits.describe()}",
+        f"BN     {summarise_bn(trainer.model)}",
+        *(f"group  {line}" for line in describe_groups(trainer.optimizer.param_groups)),
+    ]
+
+
+def summarise_bn(model: nn.Module) -> str:
+    """How many BN layers do what, such as `9 layers: statistics running (fixed), affine frozen`."""
+    try:
+        layers = find_bn_layers(model).values()
+    except SelectionError:
+        return "no BatchNorm layer"
+    kinds = Counter(switches_of(layer) for layer in layers)
+    return "; ".join(
+        f"{count} layers: normalised by {kind.train_stats} statistics in training, updated by {kind.update_stats}, "
+        f"affine {kind.affine}"
+        for kind, count in kinds.most_common()
+    )

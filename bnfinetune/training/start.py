@@ -1,0 +1,79 @@
+"""Starting a run: devices and ranks through Accelerate, seeds, trackers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
+
+from bnfinetune.errors import BnFinetuneError, RecipeError
+from bnfinetune.recipe import Recipe, Run
+
+_REFUSED = {
+    DistributedType.FSDP: "FSDP shards the statistics' owners",
+    DistributedType.DEEPSPEED: "DeepSpeed replaces the loop that keeps the statistics right",
+    DistributedType.MEGATRON_LM: "Megatron-LM trains other kinds of models",
+}
+T = TypeVar("T")
+
+
+def start_accelerator(mixed_precision: str = "no", tracking: str | None = None) -> Accelerator:
+    """Accelerate's view of devices and ranks; on a machine without an accelerator the ranks talk over gloo.
+
+    Raises:
+        RecipeError: The launcher asks for FSDP or DeepSpeed, or the device cannot compute in this precision.
+    """
+    # Accelerate keeps its settings for the life of the process; a second run in it may want other ones
+    AcceleratorState._reset_state()
+    try:
+        accelerator = Accelerator(
+            mixed_precision=mixed_precision,
+            cpu=not torch.accelerator.is_available(),
+            log_with=None if tracking is None else [name.strip() for name in tracking.split(",")],
+            project_config=ProjectConfiguration(project_dir="."),
+        )
+    except (ValueError, ImportError) as error:
+        raise RecipeError(f"train.mixed_precision={mixed_precision}, run.tracking={tracking}: {error}") from error
+    if (reason := _REFUSED.get(accelerator.distributed_type)) is not None:
+        kind = accelerator.distributed_type.value
+        raise RecipeError(f"the launcher asks for {kind}, but {reason}: launch plain data-parallel processes (--multi_gpu)")
+    return accelerator
+
+
+def seed_ranks(run: Run, *, same_on_all: bool) -> None:
+    """Seed Python, NumPy and torch; alike on all ranks while the network is built, apart once it trains."""
+    if run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    set_seed(run.seed, device_specific=not same_on_all)
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and give every rank its result, or its error."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = action()
+        except BnFinetuneError as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result
+
+
+def start_trackers(accelerator: Accelerator, recipe: Recipe, folder: Path) -> None:
+    """Open the trackers of `run.tracking`, which log into the run folder where they log to files."""
+    if recipe.run.tracking is None:
+        return
+    accelerator.project_configuration.set_directories(str(folder))
+    flat = {f"{section}.{key}": str(value) for section, values in recipe.model_dump().items() if isinstance(values, dict) for key, value in values.items()}
+    accelerator.init_trackers(f"bnfinetune-{recipe.name}", config=flat)
