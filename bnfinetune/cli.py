@@ -1,0 +1,284 @@
+"""The command line: `bnfinetune [VERB] key=value ...`, where no verb means train.
+
+Nothing here imports torch before the arguments are known to be good: help, listings and mistakes answer at once. A verb
+is one function under `@verb`; its docstring is its help.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bnfinetune.errors import BnFinetuneError, CheckpointError, RecipeError
+
+_INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell gives
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What stands behind a verb: its own options, overrides of the recipe, and paths."""
+
+    options: dict[str, str] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+
+    def need(self, option: str, remedy: str) -> str:
+        """The value of an option that the verb cannot do without."""
+        if option not in self.options:
+            raise RecipeError(f"{option}= is missing; {remedy}")
+        return self.options[option]
+
+    def choose(self, option: str, *choices: str) -> str:
+        """The value of an option that has few values, of which the first is the default."""
+        value = self.options.get(option, choices[0])
+        if value not in choices:
+            raise RecipeError(f"{option}: found {value!r}; allowed: {' | '.join(choices)}{_near(value, choices)}")
+        return value
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb of the command line: the function that does it, and how it is called."""
+
+    run: Callable[[Arguments], None]
+    usage: str
+    options: Mapping[str, str]
+
+    @property
+    def summary(self) -> str:
+        return self.help.partition("\n")[0]
+
+    @property
+    def help(self) -> str:
+        return (self.run.__doc__ or "").replace("\n    ", "\n").strip()
+
+    @property
+    def takes_overrides(self) -> bool:
+        return "key=value" in self.usage
+
+    @property
+    def takes_paths(self) -> bool:
+        return "IMAGE_OR_FOLDER" in self.usage
+
+
+VERBS: dict[str, Verb] = {}
+
+
+def verb(usage: str, **options: str) -> Callable[[Callable[[Arguments], None]], Callable[[Arguments], None]]:
+    """Enter a function in the table of verbs under its own name."""
+
+    def enter(run: Callable[[Arguments], None]) -> Callable[[Arguments], None]:
+        VERBS[run.__name__] = Verb(run, usage, options)
+        return run
+
+    return enter
+
+
+@verb("recipe=NAME|FILE [key=value ...]", recipe="a shipped recipe's name, or the path of your own YAML file")
+def train(arguments: Arguments) -> None:
+    """Fine-tune a network as a recipe says; the verb may be left out.
+
+    Examples:
+      accelerate launch -m bnfinetune recipe=freeze_bn
+      bnfinetune recipe=freeze_bn model.name=resnet18 data.source=path/to/images optim.lr=1e-3
+      torchrun --nproc_per_node 2 -m bnfinetune recipe=full train.batch_size=4
+    """
+    from bnfinetune.recipe_files import load_recipe, shipped_recipes
+
+    name = arguments.need("recipe", f"write recipe=NAME ({', '.join(shipped_recipes())}) or recipe=FILE.yaml")
+    recipe = load_recipe(name, arguments.overrides)
+
+    from bnfinetune.training.run import train as run_recipe
+
+    run_recipe(recipe)
+
+
+@verb(
+    "checkpoint=FOLDER [format=table|json] [key=value ...]",
+    checkpoint="a run folder (its best checkpoint is taken), RUN/best, RUN/last, or any folder that timm saved",
+    format="table (default) or json",
+)
+def evaluate(arguments: Arguments) -> None:
+    """Measure a checkpoint on a data set: the one it was trained on, or another that the overrides name.
+
+    Examples:
+      bnfinetune evaluate checkpoint=runs/freeze_bn
+      bnfinetune evaluate checkpoint=runs/freeze_bn/best data.source=path/to/images format=json
+    """
+    from bnfinetune.recipe_files import load_recipe
+
+    checkpoint = _checkpoint(arguments)
+    form = arguments.choose("format", "table", "json")
+    load_recipe({}, arguments.overrides)
+
+    from bnfinetune.training.evaluate import evaluate_checkpoint
+
+    measured = evaluate_checkpoint(checkpoint, arguments.overrides)
+    if _rank() != 0:
+        return
+    if form == "json":
+        print(json.dumps({split: metrics.scalars() for split, metrics in measured.items()}, indent=2))
+        return
+    from rich.console import Console
+
+    from bnfinetune.training.report import metrics_table
+
+    Console().print(metrics_table(measured))
+
+
+@verb(
+    "checkpoint=FOLDER IMAGE_OR_FOLDER ... [top=5] [format=table|jsonl]",
+    checkpoint="a run folder (its best checkpoint is taken), RUN/best, RUN/last, or any folder that timm saved",
+    top="classes per image, the likeliest first (default 5)",
+    format="table (default), or jsonl: one JSON object per image",
+)
+def predict(arguments: Arguments) -> None:
+    """Predict the classes of images, or of all images below a folder.
+
+    Examples:
+      bnfinetune predict checkpoint=runs/freeze_bn photo.jpg
+      bnfinetune predict checkpoint=runs/freeze_bn/best path/to/images top=1 format=jsonl
+    """
+    checkpoint = _checkpoint(arguments)
+    form = arguments.choose("format", "table", "jsonl")
+    top = arguments.options.get("top", "5")
+    if not top.isdecimal() or int(top) < 1:
+        raise RecipeError(f"top: found {top!r}; allowed: whole number >= 1")
+    if not arguments.paths:
+        raise RecipeError("predict has nothing to look at; name images or folders of images")
+
+    from bnfinetune.training.predict import predict as predictions
+
+    for record in predictions(checkpoint, arguments.paths, int(top)):
+        if form == "jsonl":
+            print(json.dumps(record), flush=True)
+        else:
+            ranked = "  ".join(f"{guess['label']} {guess['probability']:.1%}" for guess in record["top"])
+            print(f"{record['path']}  {ranked}", flush=True)
+
+
+@verb("")
+def recipes(arguments: Arguments) -> None:
+    """List the shipped recipes and what each is for."""
+    from bnfinetune.recipe_files import recipe_header, shipped_recipes
+
+    shipped = shipped_recipes()
+    width = max(map(len, shipped))
+    for name, path in shipped.items():
+        print(f"{name:{width}}  {recipe_header(path)[0]}")
+
+
+@verb("[recipe=NAME|FILE] [key=value ...]", recipe="a shipped recipe's name, or a file; without one: the defaults")
+def show(arguments: Arguments) -> None:
+    """Print the whole configuration of a recipe with overrides, as YAML that is a recipe again.
+
+    Examples:
+      bnfinetune show recipe=freeze_bn
+      bnfinetune show recipe=freeze_bn optim.lr=3e-4 bn.layers='layer4.*' > mine.yaml
+    """
+    from bnfinetune.recipe_files import dump_recipe, load_recipe
+
+    print(dump_recipe(load_recipe(arguments.options.get("recipe", {}), arguments.overrides)), end="")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and give its exit code: 0, 2 after a user's mistake, 130 after an interrupt.
+
+    A mistake is one line on stderr, without a traceback, and nothing is written.
+    """
+    try:
+        _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BnFinetuneError as error:
+        _complain(error)
+        return 2
+    except KeyboardInterrupt:
+        if _rank() == 0:
+            print("bnfinetune: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # the reader has gone, as `| head` does; what is still buffered must not raise again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    return 0
+
+
+def _dispatch(words: list[str]) -> None:
+    named = bool(words) and words[0] in VERBS
+    if {"-h", "--help"} & set(words):
+        from bnfinetune import cli_help
+
+        cli_help.print_verb(words[0], VERBS[words[0]]) if named else cli_help.print_all(VERBS)
+    elif words == ["--version"]:
+        print(f"bnfinetune {importlib.metadata.version('bnfinetune')}")
+    elif named:
+        VERBS[words[0]].run(_parse(words[0], words[1:]))
+    elif words and "=" not in words[0] and not words[0].startswith("-"):
+        raise RecipeError(_not_a_verb(words[0]))
+    else:
+        train(_parse("train", words))
+
+
+def _parse(name: str, words: Sequence[str]) -> Arguments:
+    """Sort the words behind a verb into its options, overrides and paths."""
+    spec, arguments = VERBS[name], Arguments()
+    for word in words:
+        key, equals, value = word.partition("=")
+        if word.startswith("-"):
+            raise RecipeError(f"{word}: arguments are written key=value, without dashes, such as recipe=freeze_bn")
+        if equals and key in spec.options:
+            if key in arguments.options:
+                raise RecipeError(f"{key}= is given twice: {arguments.options[key]} and {value}")
+            if not value:
+                raise RecipeError(f"{key}= has no value; allowed: {spec.options[key]}")
+            arguments.options[key] = value
+        elif spec.takes_overrides:
+            arguments.overrides.append(word)
+        elif spec.takes_paths and (not equals or Path(word).exists()):
+            arguments.paths.append(word)
+        else:
+            known = ", ".join(f"{option}=" for option in spec.options) or "nothing"
+            raise RecipeError(f"{word}: no argument of {name}{_near(key, spec.options)}; allowed: {known}")
+    return arguments
+
+
+def _not_a_verb(word: str) -> str:
+    from bnfinetune.recipe_files import shipped_recipes
+
+    if word in shipped_recipes() or word.endswith((".yaml", ".yml")):
+        return f"{word}: no such verb; did you mean recipe={word}?"
+    return f"{word}: no such verb{_near(word, VERBS)}; allowed: {', '.join(VERBS)}, or key=value to train"
+
+
+def _near(found: str, names: Sequence[str] | Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(found, list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _checkpoint(arguments: Arguments) -> str:
+    checkpoint = arguments.need("checkpoint", "write checkpoint=RUN or checkpoint=RUN/best")
+    if not Path(checkpoint).is_dir():
+        raise CheckpointError(f"checkpoint: there is no folder {checkpoint}")
+    return checkpoint
+
+
+def _rank() -> int:
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0
+
+
+def _complain(error: BnFinetuneError) -> None:
+    """Print one line: on rank 0, and on another rank where the mistake may be that rank's alone (its share of data)."""
+    rank = _rank()
+    if rank and (isinstance(error, RecipeError) or "torch.distributed" not in sys.modules):
+        return
+    line = " ".join(str(error).splitlines())
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
+    print(f"bnfinetune: error: {f'[rank {rank}] ' if rank else ''}{shown}", file=sys.stderr)
