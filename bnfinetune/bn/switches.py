@@ -1,0 +1,373 @@
+"""The multi-functional BN layer: what normalises, what updates and what trains, each switched on its own.
+
+A layer is taken over in place: its class becomes a subclass of the class it had, so that it stays the same module
+object with the same Parameters, buffers, hooks and names. `state_dict` is untouched; whatever is added lives in plain
+attributes and non-persistent buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.parameter import Parameter
+
+from bnfinetune.bn.groups import GroupChoice
+from bnfinetune.bn.layers import BNClass, Tail, require_known
+from bnfinetune.bn.rules import EVAL_RULES, TRAIN_RULES
+from bnfinetune.errors import LayerError, StatisticsError
+
+Trainable = tuple[bool | None, bool | None]
+
+DEFAULT_MOMENTUM = 0.1
+RENORM_AGE = "bn_renorm_age"
+
+
+class Switches(NamedTuple):
+    """What a BN layer effectively does now.
+
+    Attributes:
+        train_stats: what normalises in training: batch, running, sync, ghost, renorm or stochastic.
+        update_stats: what happens to `running_*` in training: ema, cumulative or none.
+        affine: trained, or frozen (no weight or bias has `requires_grad`).
+        eval_stats: what normalises in evaluation: running, batch or mix.
+    """
+
+    train_stats: str
+    update_stats: str
+    affine: str
+    eval_stats: str
+
+
+@dataclass(frozen=True)
+class Options:
+    """What some switches need besides their value; see `BNPolicy`."""
+
+    ghost_size: int = 32
+    stochastic_p: float = 0.5
+    renorm_rmax: float = 3.0
+    renorm_dmax: float = 5.0
+    renorm_warmup: int = 0
+    renorm_ramp: int = 0
+    mix_prior: float = 16.0
+    ranks: GroupChoice = GroupChoice()
+
+    def group(self) -> Any:
+        """The process group that `sync` pools over; None where there is nothing to pool."""
+        return self.ranks.resolve()
+
+
+@dataclass(frozen=True)
+class Original:
+    """What a layer was before its first policy, for `restore_bn`.
+
+    Attributes:
+        momentum: its momentum.
+        eps: its eps.
+        trainable: `requires_grad` of weight and bias; None for one that does not exist or is a buffer.
+        apart: its mode where that differed from the model's, else None.
+        added: attributes that the class does not have by itself and was lent, as frozen classes are.
+    """
+
+    momentum: float | None
+    eps: float
+    trainable: Trainable
+    apart: bool | None
+    added: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """The switches of a layer that a policy has taken over; `affine` and the kind of update are read off the layer.
+
+    Attributes:
+        name: the layer's qualified name, for messages.
+        train_stats: what normalises in training.
+        updates: whether training updates the running statistics; by which rule is the layer's `momentum` (None is
+            cumulative, as in PyTorch).
+        eval_stats: what normalises in evaluation.
+        options: what the switches need.
+        original: what to restore.
+        stats_before: `train_stats` and `updates` from before the statistics were frozen.
+        affine_before: `requires_grad` of weight and bias from before the affine was frozen.
+        ema_momentum: the momentum that an exponential average takes up again after a cumulative one.
+    """
+
+    name: str
+    train_stats: str
+    updates: bool
+    eval_stats: str
+    options: Options
+    original: Original
+    stats_before: tuple[str, bool] | None = None
+    affine_before: Trainable | None = None
+    ema_momentum: float = DEFAULT_MOMENTUM
+
+
+class RunningStats(NamedTuple):
+    """The buffers that hold one population's statistics: mean (C,), unbiased variance (C,), batches counted."""
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor | None
+
+
+def recomputing() -> bool:
+    """Whether this forward runs inside backward, as gradient checkpointing does to recompute activations."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class SwitchedBN(nn.Module):
+    """Mixed into a BN layer's class by `take_over`; never built by itself."""
+
+    _native_class: ClassVar[type[nn.Module]]
+    _bn_tail: ClassVar[Tail]
+    _bn_checks_shape: ClassVar[bool]
+    _bn_state: LayerState
+    _bn_holds: int
+    _bn_previous: tuple[Tensor, Tensor, Tensor | None] | None
+    eps: float
+    momentum: float | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._bn_checks_shape:
+            self._check_input_dim(x)
+        state = self._bn_state
+        rule = TRAIN_RULES[state.train_stats] if self.training else EVAL_RULES[state.eval_stats]
+        return type(self)._bn_tail(self, rule(self, x))
+
+    def _bn_stats(self) -> RunningStats | None:
+        buffers = self._buffers
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        if mean is None or var is None:
+            return None
+        return RunningStats(mean, var, buffers["num_batches_tracked"])
+
+    def _bn_require_stats(self) -> RunningStats:
+        stats = self._bn_stats()
+        if stats is None:
+            raise LayerError(f"BN layer {self._bn_state.name!r} has lost its running statistics; set them again")
+        return stats
+
+    def _bn_affine(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.weight, self.bias
+
+    def _bn_require_many(self, x: Tensor) -> None:
+        """Refuses a batch whose statistics would be of one value per channel."""
+        if x.numel() == x.shape[1]:
+            state = self._bn_state
+            raise StatisticsError(
+                f"BN layer {state.name!r} got one value per channel ({'x'.join(map(str, x.shape))}) to take "
+                f"statistics of; use a larger batch, drop the last incomplete one, or set train_stats='running'"
+            )
+
+    def _bn_before_update(self, stats: RunningStats) -> tuple[Tensor, Tensor]:
+        """The running statistics as they were before this forward's update, on recomputation too."""
+        if recomputing() and self._bn_previous is not None:
+            return self._bn_previous[:2]
+        before = stats.mean.clone(), stats.var.clone()
+        if not torch.compiler.is_compiling():
+            age = self._buffers.get(RENORM_AGE)
+            self._bn_previous = (*before, None if age is None else age.clone())
+        return before
+
+    def _bn_renorm_bounds(self) -> tuple[float, float] | tuple[Tensor, Tensor]:
+        """The present (rmax, dmax) of the renorm schedule; call `_bn_before_update` first."""
+        options = self._bn_state.options
+        age = self._buffers.get(RENORM_AGE)
+        if age is None:
+            return options.renorm_rmax, options.renorm_dmax
+        if recomputing() and self._bn_previous is not None and self._bn_previous[2] is not None:
+            age = self._bn_previous[2]
+        ramp = options.renorm_ramp
+        grown = ((age - options.renorm_warmup + (ramp == 0)) / max(ramp, 1)).clamp(0, 1)
+        return 1 + grown * (options.renorm_rmax - 1), grown * options.renorm_dmax
+
+    def _bn_grow_older(self) -> None:
+        """Takes the renorm schedule one update further."""
+        age = self._buffers.get(RENORM_AGE)
+        if age is not None and not (self._bn_holds or recomputing()):
+            age.add_(1)
+
+    def _bn_update(self, stats: RunningStats, mean: Tensor, var: Tensor) -> None:
+        """Moves the running statistics towards a batch's mean and unbiased variance."""
+        weight: float | Tensor
+        if self.momentum is not None:
+            weight = self.momentum
+        else:
+            weight = (1 / (cast(Tensor, stats.count) + 1)).to(stats.mean.dtype)
+        mean, var = mean.to(stats.mean.dtype), var.to(stats.var.dtype)
+        self._bn_commit(stats, torch.lerp(stats.mean, mean, weight), torch.lerp(stats.var, var, weight))
+
+    def _bn_commit(self, stats: RunningStats, mean: Tensor, var: Tensor) -> None:
+        """Writes new running statistics, channel by channel only where they are finite."""
+        if self._bn_holds or recomputing():
+            return
+        # A mean that is not finite always comes with a variance that is not.
+        sound = var < torch.inf
+        stats.mean.copy_(torch.where(sound, mean, stats.mean))
+        stats.var.copy_(torch.where(sound, var, stats.var))
+        if stats.count is not None:
+            stats.count.add_(sound.all() if self.momentum is None else 1)
+
+    def extra_repr(self) -> str:
+        shown = [super().extra_repr(), "switches=({}, {}, {}, {})".format(*switches_of(self))]
+        return ", ".join(part for part in shown if part)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _blank_layer, (self._native_class,), self.__getstate__()
+
+
+class _AnyDimBatchNorm(_BatchNorm):
+    """Stands in for `nn.SyncBatchNorm`, which DDP refuses on the CPU whatever it computes."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+
+@cache
+def _switched_class(native: type[nn.Module], known: BNClass) -> type[SwitchedBN]:
+    base = _AnyDimBatchNorm if issubclass(native, nn.SyncBatchNorm) else native
+    check = getattr(base, "_check_input_dim", _NormBase._check_input_dim)
+    members = {
+        "__module__": native.__module__,  # torch.fx takes modules of torch.nn for leaves
+        "_native_class": native,
+        "_bn_tail": staticmethod(known.tail),
+        "_bn_checks_shape": check is not _NormBase._check_input_dim,
+    }
+    return cast(type[SwitchedBN], type(f"Switched{native.__name__}", (SwitchedBN, base), members))
+
+
+def _blank_layer(native: type[nn.Module]) -> nn.Module:
+    layer = native.__new__(native)
+    layer.__class__ = _switched_class(native, require_known(layer))
+    return layer
+
+
+def state_of(layer: nn.Module) -> LayerState | None:
+    """The state of a layer that a policy has taken over, else None."""
+    return layer._bn_state if isinstance(layer, SwitchedBN) else None
+
+
+def switches_of(layer: nn.Module) -> Switches:
+    """What a BN layer effectively does now, under a policy or by itself.
+
+    A plain layer is `batch, ema, trained, running` in either mode; a frozen class of torchvision or timm is
+    `running, none, frozen, running`; one without running statistics is `batch, none, trained, batch`.
+
+    Args:
+        layer: a BN layer.
+
+    Raises:
+        LayerError: the layer's class has a `forward` of its own and is not registered.
+    """
+    affine = "trained" if any(trainable(layer)) else "frozen"
+    state = state_of(layer)
+    if state is None:
+        train_stats, updates, eval_stats = _native_switches(layer)
+    else:
+        train_stats, updates, eval_stats = state.train_stats, state.updates, state.eval_stats
+    update_stats = "none" if not updates else "cumulative" if layer.momentum is None else "ema"
+    return Switches(train_stats, update_stats, affine, eval_stats)
+
+
+def _native_switches(layer: nn.Module) -> tuple[str, bool, str]:
+    if require_known(layer).frozen:
+        return "running", False, "running"
+    tracked = layer.running_mean is not None
+    train_stats = "sync" if isinstance(layer, nn.SyncBatchNorm) else "batch"
+    return train_stats, tracked and getattr(layer, "track_running_stats", True), "running" if tracked else "batch"
+
+
+def trainable(layer: nn.Module) -> Trainable:
+    """`requires_grad` of a layer's weight and bias; None for one that does not exist or is a buffer."""
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    return None if weight is None else weight.requires_grad, None if bias is None else bias.requires_grad
+
+
+def set_trainable(layer: nn.Module, wanted: Trainable) -> None:
+    """Makes weight and bias learn or not.
+
+    A changed Parameter loses its gradient, which would still move it. Where a class holds them as buffers, training
+    makes them Parameters, and None makes them buffers again, of the same memory either way.
+    """
+    for name, flag in zip(("weight", "bias"), wanted, strict=True):
+        parameter, buffer = layer._parameters.get(name), layer._buffers.get(name)
+        if buffer is not None and flag:
+            del layer._buffers[name]
+            layer.register_parameter(name, Parameter(buffer))
+        elif parameter is not None and flag is None:
+            del layer._parameters[name]
+            layer.register_buffer(name, parameter.detach())
+        elif parameter is not None and parameter.requires_grad != flag:
+            parameter.requires_grad_(bool(flag))
+            parameter.grad = None
+
+
+def native_state(name: str, layer: nn.Module, model_training: bool) -> LayerState:
+    """The state under which a layer without a policy would go on as it does by itself.
+
+    Raises:
+        LayerError: the layer's class has a `forward` of its own and is not registered.
+    """
+    train_stats, updates, eval_stats = _native_switches(layer)
+    added = () if hasattr(layer, "momentum") else ("momentum",)
+    if "num_batches_tracked" not in layer._buffers:
+        added += ("num_batches_tracked",)
+    momentum = getattr(layer, "momentum", DEFAULT_MOMENTUM)
+    original = Original(
+        momentum=momentum,
+        eps=layer.eps,
+        trainable=trainable(layer),
+        apart=layer.training if layer.training != model_training else None,
+        added=added,
+    )
+    ranks = GroupChoice(process_group=getattr(layer, "process_group", None))
+    ema_momentum = DEFAULT_MOMENTUM if momentum is None else momentum
+    return LayerState(name, train_stats, updates, eval_stats, Options(ranks=ranks), original, ema_momentum=ema_momentum)
+
+
+def take_over(layer: nn.Module, state: LayerState) -> None:
+    """Puts a layer under a state, in place; a layer already taken over only changes its state."""
+    if not isinstance(layer, SwitchedBN):
+        if "momentum" in state.original.added:
+            layer.momentum = state.original.momentum
+        if "num_batches_tracked" in state.original.added:
+            count = torch.zeros((), dtype=torch.long, device=layer.running_mean.device)
+            layer.register_buffer("num_batches_tracked", count, persistent=False)
+        layer._bn_holds = 0
+        layer._bn_previous = None
+        layer.__class__ = _switched_class(type(layer), require_known(layer, state.name))
+    layer._bn_state = state
+    if state.train_stats == "renorm" and (state.options.renorm_warmup or state.options.renorm_ramp):
+        if RENORM_AGE not in layer._buffers:
+            age = torch.zeros((), dtype=torch.long, device=layer.running_mean.device)
+            layer.register_buffer(RENORM_AGE, age, persistent=False)
+    elif RENORM_AGE in layer._buffers:
+        delattr(layer, RENORM_AGE)
+
+
+def let_go(layer: nn.Module, model_training: bool) -> None:
+    """Gives a layer back its class and attributes from before its first policy; values that training changed stay."""
+    state = state_of(layer)
+    if state is None:
+        return
+    original = state.original
+    layer.__class__ = layer._native_class
+    for name in [name for name in vars(layer) if name.startswith("_bn_")]:
+        delattr(layer, name)
+    set_trainable(layer, original.trainable)
+    layer.momentum, layer.eps = original.momentum, original.eps
+    for name in (*original.added, *([RENORM_AGE] if RENORM_AGE in layer._buffers else [])):
+        delattr(layer, name)
+    layer.training = model_training if original.apart is None else original.apart
+
+
+# Called before a policy changes layers, with the model and those layers: folding undoes itself here.
+change_listeners: list[Callable[[nn.Module, Iterable[nn.Module]], None]] = []
