@@ -112,19 +112,27 @@ class Data(Section):
         description="share of the training split held out, stratified by class, where there is no validation split",
     )
     train_samples: Positive | None = Field(
-        default=None, description="use only so many training images, stratified by class"
+        default=None, description="use at most so many training images, stratified by class"
     )
     image_column: str | None = Field(default=None, description="column of images; null: found by type")
     label_column: str | None = Field(default=None, description="column of labels; null: found by type or name")
+    classes: Positive | tuple[str, ...] | None = Field(
+        default=None, description="number of classes, or their names in order, where the label column does not tell them"
+    )
     streaming: bool = Field(default=False, description="read the set as a stream; needs train.steps")
     shuffle_buffer: Positive = Field(default=2048, description="images held for shuffling a stream")
     image_size: Annotated[int, Field(ge=8)] | None = Field(
         default=None, description="side of the square input; null: the model's own"
     )
     workers: Annotated[int, Field(ge=0)] | None = Field(
-        default=None, description="loader processes per rank; null: 0 for the demo, else up to 4"
+        default=None, description="loader processes per rank; null: 0 for the demo, else one per core of the rank, up to 4"
     )
-    on_error: Literal["raise", "skip"] = Field(default="raise", description="what an unreadable image does")
+    on_error: Literal["raise", "skip"] = Field(
+        default="raise", description="what an unreadable image does: stop the run, or be left out and listed"
+    )
+    max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = Field(
+        default=89_478_485, description="largest width times height of an image file; larger ones are unreadable"
+    )
     augment: Augment = Field(default_factory=Augment)
 
 
@@ -166,7 +174,7 @@ class Schedule(Section):
     """timm's learning-rate schedules, stepped once per optimizer update."""
 
     name: Literal["cosine", "linear", "poly", "step", "multistep", "tanh", "constant"] = Field(
-        default="cosine", description="shape of the schedule"
+        default="cosine", description="shape of the schedule; linear and poly fall as the first and second power"
     )
     warmup_fraction: Fraction = Field(default=0.05, description="share of all updates spent warming up from warmup_lr")
     warmup_lr: Rate = Field(default=0.0, description="learning rate of the first update")

@@ -1,0 +1,157 @@
+"""Which columns hold images and labels, and labels as class numbers that all splits agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import datasets
+import numpy as np
+
+from bnfinetune.errors import DataError
+from bnfinetune.recipe import Data
+from bnfinetune.training.data.hints import did_you_mean, listed
+from bnfinetune.training.data.stratify import Indices
+
+LABEL_NAMES: Final = ("label", "labels", "class", "cls", "target", "category", "fine_label", "class_name", "label_name")
+"""Names that a column of labels is known by where its type does not tell, the likeliest first."""
+
+_BINARY: Final = ("binary", "large_binary")
+_TEXT: Final = ("string", "large_string")
+
+
+def find_columns(features: Mapping[str, Any], data: Data, where: str) -> tuple[str, str]:
+    """The names of the image and the label column: as the recipe says, or found by type and then by name.
+
+    Raises:
+        DataError: A column that was named is missing, none is found, or several could be meant.
+    """
+    image = _column("data.image_column", data.image_column, _image_candidates(features), features, where)
+    others = {name: feature for name, feature in features.items() if name != image}
+    return image, _column("data.label_column", data.label_column, _label_candidates(others), features, where)
+
+
+def _column(key: str, named: str | None, candidates: Sequence[str], features: Mapping[str, Any], where: str) -> str:
+    if named is not None:
+        if named not in features:
+            raise DataError(
+                f"{key}: {where} has no column {named!r}, only {listed(features)}{did_you_mean(named, features)}"
+            )
+        return named
+    if len(candidates) == 1:
+        return candidates[0]
+    found = f"could mean {listed(candidates)}" if candidates else f"is not told by the columns {listed(features)}"
+    raise DataError(f"{key} of {where} {found}: name it")
+
+
+def _image_candidates(features: Mapping[str, Any]) -> list[str]:
+    typed = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    return typed or [name for name, feature in features.items() if _holds_files(feature)]
+
+
+def _holds_files(feature: Any) -> bool:
+    """Whether a column holds encoded files, as bytes or as `datasets` stores an image."""
+    if isinstance(feature, Mapping):
+        return set(feature) == {"bytes", "path"}
+    return isinstance(feature, datasets.Value) and feature.dtype in _BINARY
+
+
+def _label_candidates(features: Mapping[str, Any]) -> list[str]:
+    typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    if len(typed) == 1:
+        return typed
+    named = [name for name in LABEL_NAMES if name in (typed or features)]
+    return named[:1] or typed
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How the values of a label column become class numbers.
+
+    Attributes:
+        classes: Class names, by number.
+        values: The value that stands for each class in the column: a name, or a number where numbers have no names.
+    """
+
+    classes: tuple[str, ...]
+    values: tuple[Any, ...]
+
+    @classmethod
+    def of_feature(cls, feature: Any, declared: tuple[str, ...] | int | None, where: str) -> Coding | None:
+        """The coding that a column's type or `data.classes` tells; None if only the values themselves can."""
+        if isinstance(feature, datasets.ClassLabel):
+            return cls(tuple(feature.names), tuple(feature.names))
+        dtype = getattr(feature, "dtype", None)
+        if not isinstance(feature, datasets.Value) or not (dtype in _TEXT or dtype == "bool" or "int" in str(dtype)):
+            raise DataError(f"{where} holds {_kind(feature)}, not a class name or number per image")
+        if declared is None:
+            return None
+        names = tuple(str(number) for number in range(declared)) if isinstance(declared, int) else declared
+        return cls(names, names if dtype in _TEXT else tuple(range(len(names))))
+
+    @classmethod
+    def of_values(cls, values: Sequence[Any]) -> Coding:
+        """Sorted distinct values: texts are names, numbers are named by themselves."""
+        distinct = tuple(sorted(set(values)))
+        return cls(tuple(str(value) for value in distinct), distinct)
+
+    def encode(self, values: Sequence[Any], where: str, against: str) -> Indices:
+        """Class numbers of column values.
+
+        Raises:
+            DataError: A value stands for no class.
+        """
+        numbers = {value: number for number, value in enumerate(self.values)}
+        unknown = sorted({value for value in values if value not in numbers}, key=str)
+        if unknown:
+            hint = did_you_mean(str(unknown[0]), self.classes)
+            raise DataError(f"{where} has the class {listed(unknown, 3)} that {against} lacks{hint}")
+        return np.fromiter((numbers[value] for value in values), dtype=np.int64, count=len(values))
+
+
+def column_values(split: Any, column: str) -> list[Any]:
+    """The labels of a split as plain values: names for a `ClassLabel`, None where there is no label (null or -1)."""
+    feature = split.features[column]
+    table = split.select_columns([column]).with_format("arrow")[:][column]
+    values: list[Any] = table.to_pylist()
+    if isinstance(feature, datasets.ClassLabel):
+        names = (*feature.names, None)  # -1, which means unlabelled, is the last
+        return [None if value is None else names[value] for value in values]
+    return values
+
+
+def column_numbers(split: Any, column: str) -> Indices:
+    """The class numbers of a split whose labels are encoded, of shape `(rows,)`."""
+    table = split.select_columns([column]).with_format("arrow")[:][column]
+    return np.asarray(table.to_numpy(), dtype=np.int64)
+
+
+def with_labels(split: Any, column: str, classes: tuple[str, ...], labels: Indices) -> Any:
+    """The split with its labels as a `ClassLabel` column over `classes`."""
+    feature = datasets.ClassLabel(names=list(classes))
+    if split.features[column] == feature:
+        return split
+    return split.remove_columns(column).add_column(column, labels, feature=feature)
+
+
+def check_labelled(values: Sequence[Any], where: str) -> None:
+    """Raise a `DataError` if an image has no label."""
+    missing = sum(value is None for value in values)
+    if missing:
+        first = next(row for row, value in enumerate(values) if value is None)
+        raise DataError(f"{where}: {missing} of {len(values)} images have no label, the first in row {first}")
+
+
+def check_classes(classes: tuple[str, ...], labels: Indices, where: str) -> None:
+    """Raise a `DataError` unless there are two classes or more, each with an image."""
+    if len(classes) < 2:
+        raise DataError(f"{where} has one class only, {listed(classes)}: classification needs two or more")
+    empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
+    if len(empty):
+        names = listed(classes[number] for number in empty)
+        raise DataError(f"{where} has no training image of the class {names}: add images or drop the class")
+
+
+def _kind(feature: Any) -> str:
+    return str(feature.dtype) if isinstance(feature, datasets.Value) else type(feature).__name__

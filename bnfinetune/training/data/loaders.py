@@ -1,0 +1,223 @@
+"""Loaders of batches for one rank: training, evaluation, and clean training images for statistics."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from datasets import IterableDataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from bnfinetune.errors import DataError
+from bnfinetune.recipe import Data
+from bnfinetune.training.data.hints import first_line
+from bnfinetune.training.data.reading import Batch, Failure, ImageReader
+from bnfinetune.training.data.sampling import EvalSampler, StreamSampler, TrainSampler
+from bnfinetune.training.data.seeding import derive_seed
+from bnfinetune.training.data.sources import DEMOS
+from bnfinetune.training.data.splits import ImageSplits
+from bnfinetune.training.data.transforms import Transforms
+
+MAX_WORKERS: Final = 4
+"""Loader processes per rank where the recipe does not say."""
+
+_STATISTICS = 5  # stream of random draws
+
+
+class ImageLoader(DataLoader[Any]):
+    """A torch `DataLoader` that keeps count of unreadable images and says in one line what went wrong in a worker.
+
+    It draws nothing from torch's global generator.
+
+    Attributes:
+        skipped: Unreadable images met so far, with the reason, in the order they were met (`data.on_error=skip`).
+    """
+
+    def __init__(self, reader: ImageReader, sampler: Any, *, workers: int, pin_memory: bool, persistent: bool) -> None:
+        super().__init__(
+            reader,
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]  # the reader has assembled the batch
+            pin_memory=pin_memory,
+            persistent_workers=persistent and workers > 0,
+            generator=torch.Generator(),
+        )
+        self.skipped: dict[str, None] = {}
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Yield what `emit` makes of each batch that has an image.
+
+        Raises:
+            DataError: An image is unreadable (`data.on_error=raise`), or a worker was killed.
+        """
+        try:
+            for batch in super().__iter__():
+                if isinstance(batch, Failure):
+                    raise DataError(batch.message)
+                self.skipped.update(dict.fromkeys(batch.skipped))
+                if len(batch.labels):
+                    yield self.emit(batch)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"{first_line(error)}: often for want of memory; lower data.workers or the batch size"
+            ) from error
+
+    def emit(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Images of shape `(B, C, H, W)` and labels of shape `(B,)`."""
+        return batch.images, batch.labels
+
+
+class TrainLoader(ImageLoader):
+    """Shuffled, augmented training images, from any position on."""
+
+    @property
+    def batches(self) -> int | None:
+        """Batches per epoch on every rank; None for a stream, which is one endless epoch."""
+        return None if isinstance(self.batch_sampler, StreamSampler) else len(self)
+
+    def set_position(self, epoch: int, batch: int = 0) -> None:
+        """Let the next iteration begin at a batch of an epoch.
+
+        An iteration that is run to its end is followed by the next epoch.
+        """
+        self._sampler.set_position(epoch, batch)
+
+    def drop_remainder(self, min_size: int) -> int:
+        """Leave out the last batch of each epoch where it would give a rank fewer than `min_size` images.
+
+        Returns:
+            How many images each epoch leaves out.
+
+        Raises:
+            DataError: No batch is left.
+        """
+        dropped: int = self._sampler.drop_remainder(min_size)
+        return dropped
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
+        yield from super().__iter__()
+        self._sampler.set_position(self._sampler.epoch + 1)
+
+    @property
+    def _sampler(self) -> Any:
+        return self.batch_sampler
+
+
+class EvalLoader(ImageLoader):
+    """The images of this rank, each once over all ranks: batches are images, labels and their indices in the split."""
+
+    def emit(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Images of shape `(B, C, H, W)`, labels of shape `(B,)` and indices of shape `(B,)`."""
+        return batch.images, batch.labels, batch.indices
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The loaders of one rank.
+
+    Attributes:
+        train: Shuffled and augmented, equally many batches on all ranks.
+        val: Each image once over all ranks; ranks may hold different numbers of batches.
+        test: As `val`, or None.
+        stats: Training images preprocessed as for evaluation, shuffled, not mixed, each once over all ranks, with
+            equally many batches of nearly even size on all ranks; the same in every iteration.
+    """
+
+    train: TrainLoader
+    val: EvalLoader
+    test: EvalLoader | None
+    stats: ImageLoader
+
+    @property
+    def skipped(self) -> list[str]:
+        """Unreadable images met so far on this rank, with the reason."""
+        loaders = [self.train, self.val, self.test, self.stats]
+        return list(dict.fromkeys(line for loader in loaders if loader is not None for line in loader.skipped))
+
+
+def build_loaders(
+    splits: ImageSplits,
+    transforms: Transforms,
+    data: Data,
+    *,
+    batch_size: int,
+    eval_batch_size: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device_type: str = "cpu",
+) -> Loaders:
+    """Build the loaders of one rank; they are sharded already and must not be prepared by Accelerate.
+
+    Args:
+        splits: From `load_splits`.
+        transforms: From `build_transforms`.
+        data: The recipe's `data` section.
+        batch_size: Training images per batch and rank.
+        eval_batch_size: Images per batch and rank of the other loaders.
+        seed: Seed of order and augmentation.
+        rank: Number of this process.
+        world_size: Number of processes.
+        device_type: Where batches go; their memory is pinned for `cuda`.
+
+    Raises:
+        DataError: There are fewer training images than processes.
+    """
+    ranks: dict[str, Any] = {"rank": rank, "world_size": world_size}
+    workers = default_workers(data, world_size) if data.workers is None else data.workers
+    process: dict[str, Any] = {"workers": workers, "pin_memory": device_type == "cuda"}
+
+    def reader(role: str, split: Any, **options: Any) -> ImageReader:
+        where = f"split {splits.names[role]!r} of {splits.source}"
+        return ImageReader(
+            split,
+            (splits.image_column, splits.label_column),
+            where=where,
+            max_pixels=data.max_pixels,
+            skip=data.on_error == "skip",
+            in_memory=workers == 0,
+            **options,
+        )
+
+    def evaluation(role: str, split: Any, persistent: bool) -> EvalLoader:
+        if isinstance(split, IterableDataset):
+            sampler: Any = StreamSampler(split, eval_batch_size, **ranks)
+        else:
+            sampler = EvalSampler(len(split), eval_batch_size, **ranks)
+        return EvalLoader(reader(role, split, transform=transforms.eval), sampler, persistent=persistent, **process)
+
+    statistics_seed = derive_seed(seed, _STATISTICS)
+    if isinstance(splits.train, IterableDataset):
+        order, clean_order = (seed, data.shuffle_buffer), (statistics_seed, data.shuffle_buffer)
+        train: Any = StreamSampler(splits.train, batch_size, shuffle=order, endless=True, **ranks)
+        clean: Any = StreamSampler(splits.train, eval_batch_size, shuffle=clean_order, **ranks)
+    else:
+        train = TrainSampler(len(splits.train), batch_size, seed=seed, **ranks)
+        clean = TrainSampler(len(splits.train), eval_batch_size, seed=statistics_seed, even=True, **ranks)
+    return Loaders(
+        train=TrainLoader(
+            reader("train", splits.train, transform=transforms.train, seed=seed), train, persistent=True, **process
+        ),
+        val=evaluation("val", splits.val, persistent=True),
+        test=None if splits.test is None else evaluation("test", splits.test, persistent=False),
+        stats=ImageLoader(reader("train", splits.train, transform=transforms.eval), clean, persistent=False, **process),
+    )
+
+
+def default_workers(data: Data, world_size: int) -> int:
+    """Loader processes per rank: none for the demo's tiny images, else one per core of the rank, up to 4."""
+    if data.source in DEMOS:
+        return 0
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return min(MAX_WORKERS, len(os.sched_getaffinity(0)) // ranks)
+
+
+def _as_it_is(batch: Batch | Failure) -> Batch | Failure:
+    return batch

@@ -1,0 +1,173 @@
+"""From picks to a batch of tensors: read, decode, augment, normalise. This is what runs in loader processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, TypeVar, cast
+
+import numpy as np
+import torch
+from datasets import IterableDataset
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from bnfinetune.errors import DataError
+from bnfinetune.training.data.images import open_image
+from bnfinetune.training.data.labels import column_numbers
+from bnfinetune.training.data.readable import image_name, original_row
+from bnfinetune.training.data.sampling import Pick
+from bnfinetune.training.data.seeding import derive_seed, preserved_draws, seed_draws
+from bnfinetune.training.data.transforms import Transform
+
+_MEMORY_BYTES: Final = 256 * 2**20
+_STAND_INS: Final = 16  # neighbours that are tried in place of an unreadable training image
+_ERASING = 6  # stream of random draws
+
+T = TypeVar("T", Image.Image, NDArray[np.uint8])
+
+
+class Batch(NamedTuple):
+    """What a loader process sends: images, labels, their indices, and the unreadable images it met."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    skipped: list[str]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error on its way from a loader process; torch would wrap an exception in its traceback."""
+
+    message: str
+
+
+class ImageReader(Dataset[Any]):
+    """Reads, decodes and transforms the images that a sampler picks.
+
+    Args:
+        split: A `datasets.Dataset` with undecoded images, or an `IterableDataset`, whose rows come with the picks.
+        columns: Names of the image and the label column.
+        transform: What makes a tensor of an RGB image.
+        where: What a message calls the split.
+        max_pixels: Largest width times height of an image.
+        seed: Seed of the augmentation, which is then a function of (seed, epoch, index) alone; None if `transform` is
+            deterministic.
+        skip: Leave unreadable images out instead of failing. In training, a neighbour stands in for each, so that
+            batches keep their size; elsewhere the batch is smaller.
+        in_memory: Keep what is decoded, up to 256 MiB.
+    """
+
+    def __init__(
+        self,
+        split: Any,
+        columns: tuple[str, str],
+        *,
+        transform: Transform,
+        where: str,
+        max_pixels: int,
+        seed: int | None = None,
+        skip: bool = False,
+        in_memory: bool = False,
+    ) -> None:
+        self.image_column, self.label_column = columns
+        self.split = None if isinstance(split, IterableDataset) else split
+        self.labels = None if self.split is None else column_numbers(split, self.label_column)
+        self.transform, self.where, self.max_pixels, self.seed, self.skip = transform, where, max_pixels, seed, skip
+        self.memory = _Memory(_MEMORY_BYTES if in_memory and self.split is not None else 0)
+
+    def __getitems__(self, picks: list[Pick]) -> Batch | Failure:
+        """The batch that a sampler picked; torch's loader calls this once per batch."""
+        try:
+            with nullcontext() if self.seed is None else preserved_draws():
+                return self._batch(picks)
+        except DataError as error:
+            return Failure(str(error))
+
+    def __getitem__(self, pick: Pick) -> Batch | Failure:
+        """A batch of one."""
+        return self.__getitems__([pick])
+
+    def _batch(self, picks: list[Pick]) -> Batch:
+        skipped: list[str] = []
+        drawn = [each for pick in picks if (each := self._draw_or_skip(pick, picks, skipped)) is not None]
+        used, pixels = [pick for pick, _ in drawn], [each for _, each in drawn]
+        images = self.transform.finish(pixels) if pixels else torch.empty(0)
+        if self.seed is not None and self.transform.erase is not None:
+            for image, pick in zip(images, used, strict=True):
+                seed_draws(derive_seed(self.seed, _ERASING, pick.epoch, pick.number))
+                self.transform.erase(image)
+        labels = torch.tensor([self._label(pick) for pick in used], dtype=torch.int64)
+        return Batch(images, labels, torch.tensor([pick.number for pick in used], dtype=torch.int64), skipped)
+
+    def _draw_or_skip(
+        self, pick: Pick, picks: Sequence[Pick], skipped: list[str]
+    ) -> tuple[Pick, NDArray[np.uint8]] | None:
+        """The pixels of a pick, or of what stands in for it, or None if it is left out."""
+        try:
+            return pick, self._draw(pick)
+        except DataError as error:
+            if not self.skip:
+                raise
+            skipped.append(str(error))
+        if self.seed is None:
+            return None
+        for stand_in in self._stand_ins(pick, picks):
+            try:
+                return stand_in, self._draw(stand_in)
+            except DataError as error:
+                skipped.append(str(error))
+        raise DataError(f"no readable image near the unreadable ones: {skipped[-1]}")
+
+    def _stand_ins(self, pick: Pick, picks: Sequence[Pick]) -> Iterator[Pick]:
+        """Neighbours in the split or, of a stream, in the batch."""
+        if self.split is None:
+            yield from (each for each in picks if each is not pick)
+            return
+        for step in range(1, min(_STAND_INS, len(self.split) - 1) + 1):
+            yield Pick(pick.epoch, (pick.number + step) % len(self.split))
+
+    def _draw(self, pick: Pick) -> NDArray[np.uint8]:
+        if self.seed is None:
+            return self.memory.get(pick.number, lambda: self.transform.draw(self._open(pick)))
+        image = self.memory.get(pick.number, lambda: self._open(pick))
+        seed_draws(derive_seed(self.seed, pick.epoch, pick.number))
+        return self.transform.draw(image)
+
+    def _open(self, pick: Pick) -> Image.Image:
+        if self.split is None:
+            raw, row = (pick.row or {}).get(self.image_column), pick.number
+        else:
+            raw, row = self.split[pick.number][self.image_column], original_row(self.split, pick.number)
+        return open_image(raw, image_name(raw, row, self.where), self.max_pixels)
+
+    def _label(self, pick: Pick) -> int:
+        if self.labels is not None:
+            return int(self.labels[pick.number])
+        label = (pick.row or {}).get(self.label_column)
+        if label is None or label < 0:
+            raise DataError(f"the image in row {pick.number} of {self.where} has no label")
+        return int(label)
+
+
+class _Memory:
+    """What was decoded once, as long as it fits."""
+
+    def __init__(self, capacity: int) -> None:
+        self.left = capacity
+        self.kept: dict[int, Any] = {}
+
+    def get(self, index: int, make: Callable[[], T]) -> T:
+        """The object kept under a number, else a new one."""
+        if (found := self.kept.get(index)) is not None:
+            return cast(T, found)
+        made = make()
+        size = made.nbytes if isinstance(made, np.ndarray) else 3 * made.width * made.height
+        if size <= self.left:
+            self.left -= size
+            self.kept[index] = made
+        return made

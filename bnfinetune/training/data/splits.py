@@ -1,0 +1,279 @@
+"""From `data.source` to the splits that are trained on, that choose the best checkpoint, and that are only measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+
+from bnfinetune.errors import DataError
+from bnfinetune.recipe import Data
+from bnfinetune.training.data.folders import VALIDATION_NAMES
+from bnfinetune.training.data.hints import did_you_mean, listed
+from bnfinetune.training.data.labels import (
+    Coding,
+    check_classes,
+    check_labelled,
+    column_numbers,
+    column_values,
+    find_columns,
+    with_labels,
+)
+from bnfinetune.training.data.readable import unreadable_images
+from bnfinetune.training.data.sources import DEMOS, open_source
+from bnfinetune.training.data.stratify import Indices, hold_out, subset
+
+_FINGERPRINT_IMAGES = 64  # per split, evenly spaced
+
+
+@dataclass(frozen=True)
+class ImageSplits:
+    """Labelled images to fine-tune on. Images are still encoded; labels are class numbers.
+
+    Attributes:
+        train: Split that is trained on, a `datasets.Dataset` or, with `data.streaming`, an `IterableDataset`.
+        val: Split that chooses the best checkpoint.
+        test: Split that is only measured, or None.
+        class_names: Names by class number, as they stand in the data: never use one as a path.
+        image_column: Column of images in every split.
+        label_column: Column of class numbers in every split.
+        source: Where they come from, as the recipe says it.
+        names: What `train`, `val` and `test` are called there.
+        skipped: Unreadable images left out by `data.on_error=skip`, as far as they were found before training.
+    """
+
+    train: Any
+    val: Any
+    test: Any | None
+    class_names: tuple[str, ...]
+    image_column: str
+    label_column: str
+    source: str
+    names: Mapping[str, str]
+    skipped: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """One line: source, images per split, classes."""
+        sizes = [f"{_size(split)} {role}" for role, split in self._by_role().items()]
+        left_out = f", {len(self.skipped)} unreadable left out" if self.skipped else ""
+        return f"{self.source}: {', '.join(sizes)} images{left_out}; {len(self.class_names)} classes"
+
+    def fingerprint(self) -> str:
+        """A hash of what the splits hold, alike on every machine and wherever the files lie.
+
+        It covers class names, the labels in their order, the names of image files, and the contents of 64 images of
+        each split. Of a stream, it covers class names and features.
+        """
+        digest = blake2b(digest_size=16)
+        digest.update(repr((self.class_names, sorted(self.names.items()))).encode())
+        for role, split in self._by_role().items():
+            digest.update(role.encode())
+            if isinstance(split, datasets.IterableDataset):
+                digest.update(repr((self.source, split.features)).encode())
+            else:
+                for part in _identity(split, self.image_column, self.label_column, self.source):
+                    digest.update(part)
+        return digest.hexdigest()
+
+    def _by_role(self) -> dict[str, Any]:
+        roles = {"train": self.train, "validation": self.val, "test": self.test}
+        return {role: split for role, split in roles.items() if split is not None}
+
+
+def load_splits(data: Data, seed: int) -> ImageSplits:
+    """Open a source and settle its splits, columns and classes.
+
+    Where there is no validation split, a stratified share of the training split is held out. Everything that can be
+    wrong with a set is found here, before anything of a run is written; so are unreadable images of a small set. Of a
+    large one, only the first bytes of some images are looked at.
+
+    Args:
+        data: The recipe's `data` section.
+        seed: Seed of the choice of held-out images and of `data.train_samples`.
+
+    Raises:
+        DataError: With one line that names the file, split, column or class and the remedy.
+    """
+    opened = open_source(data)
+    names = _choose_splits(list(opened), data)
+    where = {role: f"split {name!r} of {data.source}" for role, name in names.items()}
+    splits = {role: _resolved(opened[name], where[role]) for role, name in names.items()}
+    image, label = find_columns(splits["train"].features, data, where["train"])
+    splits = {role: _two_columns(split, image, label, where[role]) for role, split in splits.items()}
+    if any(isinstance(split, datasets.IterableDataset) for split in splits.values()):
+        return _stream_splits(splits, names, data, image, label)
+
+    parts, classes = _encode_labels(splits, label, data, where)
+    skipped: list[str] = []
+    if data.source not in DEMOS:
+        parts = {role: _readable(part, image, data, where[role], skipped) for role, part in parts.items()}
+    check_classes(classes, parts["train"].labels, where["train"])
+    if "val" not in parts:
+        parts["train"], parts["val"] = _hold_out(parts["train"], classes, data, seed)
+        names["val"] = names["train"]
+    parts["train"] = _subset(parts["train"], data, seed)
+    final = {role: part.split for role, part in parts.items()}
+    if data.streaming:
+        final["train"] = final["train"].to_iterable_dataset()
+    return ImageSplits(
+        final["train"], final["val"], final.get("test"), classes, image, label, data.source, names, tuple(skipped)
+    )
+
+
+class _Part(NamedTuple):
+    """A split and its labels, of shape `(rows,)`."""
+
+    split: Any
+    labels: Indices
+
+    def select(self, rows: Indices) -> _Part:
+        return _Part(self.split.select(rows), self.labels[rows])
+
+
+def _choose_splits(found: list[str], data: Data) -> dict[str, str]:
+    """Map `train`, and `val` and `test` where there are such, to names of splits."""
+    asked = {"train": data.train_split, "val": data.val_split, "test": data.test_split}
+    for role, name in asked.items():
+        if name is not None and name not in found:
+            hint = did_you_mean(name, found)
+            raise DataError(f"data.{role}_split: {data.source} has no split {name!r}, only {listed(found)}{hint}")
+    names = {role: name for role, name in asked.items() if name is not None}
+    free = [name for name in found if name not in names.values()]
+    for role, candidates in {"val": VALIDATION_NAMES, "test": ("test",)}.items():
+        match = next((name for name in candidates if name in free), None)
+        if role not in names and match is not None:
+            names[role] = match
+    if len(set(names.values())) < len(names):
+        raise DataError(
+            f"data: one split cannot serve twice, but train, validation and test are {listed(names.values())}"
+        )
+    return names
+
+
+def _resolved(split: Any, where: str) -> Any:
+    """A split with known columns and at least one row."""
+    if isinstance(split, datasets.IterableDataset):
+        split = split if split.features is not None else split._resolve_features()
+        if not list(islice(split.select_columns(list(split.features)[:1]), 1)):
+            raise DataError(f"{where} is empty")
+    elif len(split) == 0:
+        raise DataError(f"{where} is empty")
+    return split
+
+
+def _two_columns(split: Any, image: str, label: str, where: str) -> Any:
+    """Only the columns of images, as encoded bytes or paths, and of labels."""
+    missing = [name for name in (image, label) if name not in split.features]
+    if missing:
+        raise DataError(f"{where} has no column {listed(missing)}, only {listed(split.features)}")
+    return split.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
+
+
+def _encode_labels(
+    splits: Mapping[str, Any], label: str, data: Data, where: Mapping[str, str]
+) -> tuple[dict[str, _Part], tuple[str, ...]]:
+    """Class numbers that all splits agree on; a test split that nobody asked for and that has no labels is dropped."""
+    column = {role: f"column {label!r} of {where[role]}" for role in splits}
+    values = {role: column_values(split, label) for role, split in splits.items()}
+    if "test" in values and data.test_split is None and all(value is None for value in values["test"]):
+        del values["test"]
+    for role in values:
+        check_labelled(values[role], column[role])
+    coding = Coding.of_feature(splits["train"].features[label], data.classes, column["train"])
+    if coding is None:
+        coding = Coding.of_values(values["train"])
+    parts = {}
+    for role in values:
+        labels = coding.encode(values[role], column[role], where["train"])
+        parts[role] = _Part(with_labels(splits[role], label, coding.classes, labels), labels)
+    return parts, coding.classes
+
+
+def _readable(part: _Part, image: str, data: Data, where: str, skipped: list[str]) -> _Part:
+    """The part without the images that are found unreadable, which are added to `skipped`; or an error."""
+    broken = unreadable_images(part.split, image, where, data.max_pixels)
+    if not broken:
+        return part
+    if data.on_error == "raise":
+        raise DataError(f"{next(iter(broken.values()))} (data.on_error=skip leaves such images out)")
+    skipped.extend(broken.values())
+    if len(broken) == len(part.labels):
+        raise DataError(f"{where} has no readable image: {next(iter(broken.values()))}")
+    return part.select(np.setdiff1d(np.arange(len(part.labels)), list(broken)))
+
+
+def _hold_out(part: _Part, classes: tuple[str, ...], data: Data, seed: int) -> tuple[_Part, _Part]:
+    counts = np.bincount(part.labels)
+    spent = np.flatnonzero(data.val_fraction * counts > counts - 0.5)
+    if len(spent):
+        name, count = classes[spent[0]], counts[spent[0]]
+        raise DataError(
+            f"data.val_fraction={data.val_fraction:g} leaves the class {name!r} ({count} images) without a training "
+            "image: lower it, or name a validation split by data.val_split"
+        )
+    kept, held = hold_out(part.labels, data.val_fraction, seed)
+    if len(held) == 0:
+        raise DataError(
+            f"data.val_fraction={data.val_fraction:g} of {len(part.labels)} images holds out none: raise it"
+        )
+    return part.select(kept), part.select(held)
+
+
+def _subset(part: _Part, data: Data, seed: int) -> _Part:
+    if data.train_samples is None or data.train_samples >= len(part.labels):
+        return part
+    classes = len(np.unique(part.labels))
+    if data.train_samples < classes:
+        raise DataError(
+            f"data.train_samples={data.train_samples} leaves a class without a training image: "
+            f"there are {classes} classes"
+        )
+    return part.select(subset(part.labels, data.train_samples, seed))
+
+
+def _stream_splits(splits: dict[str, Any], names: dict[str, str], data: Data, image: str, label: str) -> ImageSplits:
+    """Splits that cannot be counted beforehand: the column's type or `data.classes` must tell the classes."""
+    where = f"column {label!r} of split {names['train']!r} of {data.source}"
+    if "val" not in splits:
+        raise DataError(f"{data.source}: a stream needs a validation split of its own, found {listed(names.values())}")
+    if data.train_samples is not None:
+        raise DataError("data.train_samples cannot be chosen by class from a stream: unset it or data.streaming")
+    coding = Coding.of_feature(splits["train"].features[label], data.classes, where)
+    if coding is None:
+        raise DataError(f"{where} does not tell the classes of a stream: set data.classes to their number or names")
+    if len(coding.classes) < 2:
+        raise DataError(f"{where} has one class only, {listed(coding.classes)}: classification needs two or more")
+    feature = datasets.ClassLabel(names=list(coding.classes))
+    for role, split in splits.items():
+        if isinstance(split.features[label], datasets.ClassLabel) and split.features[label] != feature:
+            raise DataError(f"split {names[role]!r} of {data.source} has other classes than split {names['train']!r}")
+    cast = {role: split.cast_column(label, feature) for role, split in splits.items()}
+    return ImageSplits(cast["train"], cast["val"], cast.get("test"), coding.classes, image, label, data.source, names)
+
+
+def _identity(split: Any, image: str, label: str, source: str) -> Iterator[bytes]:
+    """What tells a split from another one: its labels, the names of its files, some of its contents."""
+    yield column_numbers(split, label).tobytes()
+    rows = np.unique(np.linspace(0, len(split) - 1, _FINGERPRINT_IMAGES).astype(np.int64))
+    raw = [split[int(row)][image] for row in rows]
+    if raw[0]["bytes"] is None:
+        for value in split.select_columns([image])[:][image]:
+            yield _below(value["path"], source).encode()
+    for value in raw:
+        content = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+        yield blake2b(content, digest_size=16).digest()
+
+
+def _below(path: str, root: str) -> str:
+    base = Path(root).expanduser()
+    return Path(path).relative_to(base).as_posix() if Path(path).is_relative_to(base) else path
+
+
+def _size(split: Any) -> str:
+    return "a stream of" if isinstance(split, datasets.IterableDataset) else f"{len(split)}"
