@@ -91,7 +91,7 @@ class _PooledMoments(torch.autograd.Function):
         local = torch.cat([mean.double(), var.double(), mean.new_tensor([count], dtype=torch.float64)])
         ranks = local.new_empty(dist.get_world_size(group), local.numel())
         dist.all_gather_into_tensor(ranks, local, group=group)
-        means, variances, counts = ranks.split([channels, channels, 1], dim=1)
+        means, variances, counts = torch.split(ranks, [channels, channels, 1], dim=1)
         total = counts.sum()
         share = counts / total
         pooled_mean = (share * means).sum(0)
@@ -123,7 +123,7 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Mean and variance, each (C,), in float32 or wider.
     """
-    return _BatchMoments.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+    return _BatchMoments.apply(x)  # type: ignore[no-any-return]
 
 
 def pooled_moments(mean: Tensor, var: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,7 +141,7 @@ def pooled_moments(mean: Tensor, var: Tensor, count: int, group: dist.ProcessGro
     Returns:
         Mean (C,), biased variance (C,) and the count of all ranks, a float64 scalar.
     """
-    return _PooledMoments.apply(mean, var, count, group)  # type: ignore[no-any-return, no-untyped-call]
+    return _PooledMoments.apply(mean, var, count, group)  # type: ignore[no-any-return]
 
 
 def normalise_with(
@@ -160,11 +160,11 @@ def normalise_with(
     Returns:
         A tensor like `x`.
     """
-    return _NormaliseWith.apply(x, mean, var, weight, bias, eps)  # type: ignore[no-any-return, no-untyped-call]
+    return _NormaliseWith.apply(x, mean, var, weight, bias, eps)  # type: ignore[no-any-return]
 
 
 def scale_and_shift(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """`normalise_with`, differentiable in `x` alone: keeps no activation for backward, only (C,) numbers."""
-    return _ScaleAndShift.apply(x, mean, var, weight, bias, eps)  # type: ignore[no-any-return, no-untyped-call]
+    return _ScaleAndShift.apply(x, mean, var, weight, bias, eps)  # type: ignore[no-any-return]

@@ -4,42 +4,30 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 from torch import nn
 
-from bnfinetune.bn.groups import GroupChoice
-from bnfinetune.bn.layers import Globs, find_bn_layers, native_class, select_layers, unwrap
-from bnfinetune.bn.switches import (
-    LayerState,
-    Options,
-    Switches,
-    Trainable,
-    change_listeners,
-    let_go,
-    native_state,
-    set_trainable,
-    state_of,
-    switches_of,
-    take_over,
-    trainable,
-)
-from bnfinetune.errors import LayerError, PolicyError
+from bnfinetune.bn.layers import Globs, as_globs, find_bn_layers, select_layers, unwrap
+from bnfinetune.bn.plan import LayerPlan, carry_out, refuse_under_ddp
+from bnfinetune.bn.switches import change_listeners, let_go, own_parameters, state_of, trainable
+from bnfinetune.errors import PolicyError
 
 TrainStats = Literal["batch", "running", "sync", "ghost", "renorm", "stochastic"]
 UpdateStats = Literal["ema", "cumulative", "none"]
 Affine = Literal["trained", "frozen"]
 EvalStats = Literal["running", "batch", "mix"]
+DomainAffine = Literal["shared", "own"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "train_stats": get_args(TrainStats),
     "update_stats": get_args(UpdateStats),
     "affine": get_args(Affine),
     "eval_stats": get_args(EvalStats),
+    "domain_affine": get_args(DomainAffine),
 }
-_FROZEN_STATS = ("running", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +56,10 @@ class BNPolicy:
         mix_prior: N of `mix`, in samples; 16 unless said before.
         process_group: ranks that `sync` pools over; all unless said before.
         sync_group_size: consecutive ranks per group of `sync`, such as the GPUs of one node, instead of a group.
+        domains: names of domains that keep running statistics of their own beside the layer's (Chang et al. 2019);
+            each starts from the layer's present ones, and `domain(model, name)` puts it in use.
+        domain_affine: whether domains have the layer's weight and bias (`shared`) or their `own`, which start from the
+            layer's and are trained by an optimizer that is built afterwards.
 
     Raises:
         PolicyError: a value out of its choices or bounds, or two that contradict each other.
@@ -89,6 +81,8 @@ class BNPolicy:
     mix_prior: float | None = None
     process_group: Any = field(default=None, repr=False)
     sync_group_size: int | None = None
+    domains: str | Sequence[str] = ()
+    domain_affine: DomainAffine | None = None
 
     def __post_init__(self) -> None:
         for switch, choices in _CHOICES.items():
@@ -105,6 +99,10 @@ class BNPolicy:
         ramped = self.renorm_warmup or self.renorm_ramp
         if ramped and math.inf in (self.renorm_rmax, self.renorm_dmax):
             raise PolicyError("renorm cannot ramp up to an infinite bound; give finite renorm_rmax and renorm_dmax")
+
+        for name in as_globs(self.domains):
+            if not name.isidentifier():
+                raise PolicyError(f"domain name {name!r} is no identifier; use letters, digits and underscores")
 
     def _check_bounds(self) -> None:
         bounds: dict[str, tuple[float, float]] = {
@@ -138,89 +136,6 @@ def auto_momentum(steps_per_epoch: int) -> float:
     return min(0.1, 10 / steps_per_epoch)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Everything that a policy change will set on one layer, computed before anything is touched."""
-
-    state: LayerState
-    momentum: float | None
-    trainable: Trainable
-
-    @classmethod
-    def unchanged(cls, name: str, layer: nn.Module, model_training: bool) -> _Plan:
-        state = state_of(layer) or native_state(name, layer, model_training)
-        return cls(replace(state, name=name), getattr(layer, "momentum", state.original.momentum), trainable(layer))
-
-    def with_policy(self, layer: nn.Module, policy: BNPolicy) -> _Plan:
-        train_stats = policy.train_stats or self.state.train_stats
-        updates = self.state.updates if policy.update_stats is None else policy.update_stats != "none"
-        plan = self.with_stats(train_stats, updates).with_momentum(layer, policy)
-        options = _merged_options(plan.state.options, policy)
-        eval_stats = policy.eval_stats or plan.state.eval_stats
-        plan = replace(plan, state=replace(plan.state, options=options, eval_stats=eval_stats))
-        plan.check_running_stats(layer)
-        return plan if policy.affine is None else plan.with_affine(layer, policy.affine)
-
-    def with_stats(self, train_stats: str, updates: bool) -> _Plan:
-        before, now = (self.state.train_stats, self.state.updates), (train_stats, updates)
-        if now != _FROZEN_STATS:
-            stats_before = None
-        else:
-            stats_before = self.state.stats_before if before == _FROZEN_STATS else before
-        return replace(
-            self, state=replace(self.state, train_stats=train_stats, updates=updates, stats_before=stats_before)
-        )
-
-    def with_momentum(self, layer: nn.Module, policy: BNPolicy) -> _Plan:
-        ema = policy.momentum if policy.momentum is not None else self.momentum
-        if policy.update_stats == "cumulative":
-            if layer.running_mean is not None and "num_batches_tracked" not in self.state.original.added:
-                if layer.num_batches_tracked is None:
-                    raise LayerError(f"BN layer {self.state.name!r} counts no batches; use update_stats='ema'")
-            remembered = self.state.ema_momentum if self.momentum is None else self.momentum
-            return replace(self, momentum=None, state=replace(self.state, ema_momentum=remembered))
-        if policy.update_stats == "ema" and ema is None:
-            ema = self.state.ema_momentum
-        return replace(self, momentum=ema)
-
-    def with_affine(self, layer: nn.Module, affine: str) -> _Plan:
-        if layer.weight is None and layer.bias is None:
-            if affine == "trained":
-                raise LayerError(f"BN layer {self.state.name!r} has no weight and no bias to train; exclude it")
-            return self
-        before = self.state.affine_before
-        if affine == "trained":
-            wanted = tuple(None if tensor is None else True for tensor in (layer.weight, layer.bias))
-            return replace(self, trainable=wanted, state=replace(self.state, affine_before=None))
-        if any(self.trainable):
-            before = self.trainable
-        wanted = tuple(None if flag is None else False for flag in self.trainable)
-        return replace(self, trainable=wanted, state=replace(self.state, affine_before=before))
-
-    def check_running_stats(self, layer: nn.Module) -> None:
-        """Refuses switches that need running statistics on a layer that keeps none."""
-        state = self.state
-        needing = [value for value in (state.train_stats,) if value in ("running", "renorm", "stochastic")]
-        needing += [value for value in (state.eval_stats,) if value in ("running", "mix")]
-        needing += ["an update"] if state.updates else []
-        if needing and layer.running_mean is None:
-            raise LayerError(
-                f"BN layer {state.name!r} keeps no running statistics (track_running_stats=False), which "
-                f"{needing[0]} needs; exclude it"
-            )
-
-
-def _merged_options(options: Options, policy: BNPolicy) -> Options:
-    changes = {
-        option.name: value
-        for option in fields(Options)
-        if option.name != "ranks" and (value := getattr(policy, option.name)) is not None
-    }
-    if policy.process_group is not None or policy.sync_group_size is not None:
-        changes["ranks"] = GroupChoice(policy.process_group, policy.sync_group_size)
-    return replace(options, **changes)
-
-
 def apply_policy(model: nn.Module, policy: BNPolicy | Sequence[BNPolicy]) -> nn.Module:
     """Puts BN layers under a policy, in place; policies compose, and `restore_bn` undoes them all.
 
@@ -246,35 +161,13 @@ def apply_policy(model: nn.Module, policy: BNPolicy | Sequence[BNPolicy]) -> nn.
     policies = [policy] if isinstance(policy, BNPolicy) else list(policy)
     if not policies:
         raise PolicyError("apply_policy got an empty list; give at least one BNPolicy")
-    plans: dict[nn.Module, _Plan] = {}
+    plans: dict[nn.Module, LayerPlan] = {}
     for each in policies:
         for name, layer in select_layers(model, each.layers, each.exclude).items():
-            plan = plans.get(layer) or _Plan.unchanged(name, layer, unwrap(model).training)
+            plan = plans.get(layer) or LayerPlan.unchanged(name, layer, unwrap(model).training)
             plans[layer] = plan.with_policy(layer, each)
-    _carry_out(model, plans)
+    carry_out(model, plans)
     return model
-
-
-def _carry_out(model: nn.Module, plans: Mapping[nn.Module, _Plan]) -> None:
-    _refuse_under_ddp(model, (plan.state.name for layer, plan in plans.items() if plan.trainable != trainable(layer)))
-    for plan in plans.values():
-        if plan.state.train_stats == "sync":
-            plan.state.options.group()  # makes node-local groups now, while every rank is here
-    for listener in change_listeners:
-        listener(model, plans)
-    for layer, plan in plans.items():
-        take_over(layer, plan.state)
-        layer.momentum = plan.momentum
-        set_trainable(layer, plan.trainable)
-
-
-def _refuse_under_ddp(model: nn.Module, changed: Iterable[str]) -> None:
-    name = next(iter(changed), None)
-    if name is not None and any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
-        raise PolicyError(
-            f"BN layer {name!r} would change requires_grad below a DistributedDataParallel wrapper, after which ranks "
-            f"diverge; change the bare model (model.module) and wrap it again with the same optimizer"
-        )
 
 
 def restore_bn(model: nn.Module) -> nn.Module:
@@ -293,7 +186,8 @@ def restore_bn(model: nn.Module) -> nn.Module:
         PolicyError: a change of `requires_grad` below a DDP wrapper.
     """
     held = {layer: state for layer in find_bn_layers(model).values() if (state := state_of(layer)) is not None}
-    _refuse_under_ddp(model, (s.name for layer, s in held.items() if s.original.trainable != trainable(layer)))
+    changed = (s.name for layer, s in held.items() if s.original.trainable != trainable(layer) or own_parameters(layer))
+    refuse_under_ddp(model, changed)
     for listener in change_listeners:
         listener(model, held)
     for layer in held:
@@ -347,82 +241,14 @@ def unfreeze_bn(model: nn.Module, *, stats: bool = True, affine: bool = True, la
         PolicyError: neither `stats` nor `affine`, or a change of `requires_grad` below a DDP wrapper.
     """
     _require_part("unfreeze_bn", stats, affine)
-    plans: dict[nn.Module, _Plan] = {}
+    plans: dict[nn.Module, LayerPlan] = {}
     for name, layer in select_layers(model, layers).items():
-        plan = _Plan.unchanged(name, layer, unwrap(model).training)
-        state = plan.state
-        if stats and (state.train_stats, state.updates) == _FROZEN_STATS:
-            plan = plan.with_stats(*(state.stats_before or ("batch", True)))
-        if affine and not any(plan.trainable) and not (layer.weight is None and layer.bias is None):
-            before = plan.state.affine_before
-            plan = plan.with_affine(layer, "trained")
-            plan = plan if before is None else replace(plan, trainable=before)
-        plans[layer] = plan
-    _carry_out(model, plans)
+        plan = LayerPlan.unchanged(name, layer, unwrap(model).training)
+        plans[layer] = plan.unfrozen(layer, stats=stats, affine=affine)
+    carry_out(model, plans)
     return model
 
 
 def _require_part(name: str, stats: bool, affine: bool) -> None:
     if not (stats or affine):
         raise PolicyError(f"{name} with stats=False and affine=False would do nothing; leave one of them True")
-
-
-class BNRow(NamedTuple):
-    """One BN layer in the table of `describe_bn`."""
-
-    name: str
-    type: str
-    train_stats: str
-    update_stats: str
-    affine: str
-    eval_stats: str
-    affine_grad: str
-    momentum: float | None
-    eps: float
-    mode: str
-
-
-class BNTable(tuple[BNRow, ...]):
-    """The rows of `describe_bn`, in the model's order; prints as an aligned table."""
-
-    def __str__(self) -> str:
-        cells = [[field.replace("_", " ") for field in BNRow._fields]]
-        cells += [[_shown(value) for value in row] for row in self]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
-
-
-def _shown(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else "-" if value in (None, "") else str(value)
-
-
-def describe_bn(model: nn.Module) -> BNTable:
-    """Tabulates every BN layer: type, switches, gradients of weight and bias, momentum, eps and mode.
-
-    Args:
-        model: any module with BN layers, under a policy or not.
-
-    Returns:
-        One row per layer. A layer whose class has an unregistered `forward` shows "?" for its switches.
-
-    Raises:
-        SelectionError: the model has no BN layer.
-    """
-    return BNTable(_row(name, layer) for name, layer in find_bn_layers(model).items())
-
-
-def _row(name: str, layer: nn.Module) -> BNRow:
-    try:
-        switches = switches_of(layer)
-    except LayerError:
-        switches = Switches("?", "?", "?", "?")
-    grads = [{None: "none", True: "yes", False: "no"}[flag] for flag in trainable(layer)]
-    return BNRow(
-        name or "<root>",
-        native_class(layer).__name__,
-        *switches,
-        affine_grad=grads[0] if grads[0] == grads[1] else "/".join(grads),
-        momentum=getattr(layer, "momentum", None),
-        eps=layer.eps,
-        mode="train" if layer.training else "eval",
-    )

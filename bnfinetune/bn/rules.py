@@ -44,7 +44,7 @@ def normalise_by_ghosts(layer: SwitchedBN, x: Tensor) -> Tensor:
         sizes[-1] += 1
     elif rest:
         sizes.append(rest)
-    return _normalise_in_parts(layer, list(x.split(sizes)) if len(sizes) > 1 else [x])
+    return _normalise_in_parts(layer, list(torch.split(x, sizes)) if len(sizes) > 1 else [x])
 
 
 def _normalise_in_parts(layer: SwitchedBN, parts: list[Tensor]) -> Tensor:

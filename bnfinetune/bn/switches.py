@@ -8,7 +8,7 @@ attributes and non-persistent buffers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -26,6 +26,11 @@ Trainable = tuple[bool | None, bool | None]
 
 DEFAULT_MOMENTUM = 0.1
 RENORM_AGE = "bn_renorm_age"
+_EXTRA = "bn_"
+_STATS = ("running_mean", "running_var", "num_batches_tracked")
+_AFFINE = ("weight", "bias")
+# What a forward leaves behind in a layer, and no copy of the layer takes along.
+_FRESH: dict[str, Any] = {"_bn_domain": None, "_bn_last_domain": None, "_bn_previous": None}
 
 
 class Switches(NamedTuple):
@@ -55,7 +60,9 @@ class Options:
     renorm_warmup: int = 0
     renorm_ramp: int = 0
     mix_prior: float = 16.0
-    ranks: GroupChoice = GroupChoice()
+    domains: tuple[str, ...] = ()
+    domain_affine: str = "shared"
+    ranks: GroupChoice = field(default_factory=GroupChoice)
 
     def group(self) -> Any:
         """The process group that `sync` pools over; None where there is nothing to pool."""
@@ -96,6 +103,7 @@ class LayerState:
         stats_before: `train_stats` and `updates` from before the statistics were frozen.
         affine_before: `requires_grad` of weight and bias from before the affine was frozen.
         ema_momentum: the momentum that an exponential average takes up again after a cumulative one.
+        passing: taken over only for the length of a context, by no policy.
     """
 
     name: str
@@ -107,14 +115,20 @@ class LayerState:
     stats_before: tuple[str, bool] | None = None
     affine_before: Trainable | None = None
     ema_momentum: float = DEFAULT_MOMENTUM
+    passing: bool = False
 
 
 class RunningStats(NamedTuple):
-    """The buffers that hold one population's statistics: mean (C,), unbiased variance (C,), batches counted."""
+    """The buffers that hold one population's statistics: mean (C,), unbiased variance (C,), batches seen."""
 
     mean: Tensor
     var: Tensor
-    count: Tensor | None
+    batches: Tensor | None
+
+
+def domain_key(domain: str, name: str) -> str:
+    """The name under which a layer keeps a domain's own tensor, such as its `running_mean`."""
+    return f"{_EXTRA}{domain}_{name}"
 
 
 def recomputing() -> bool:
@@ -131,6 +145,11 @@ class SwitchedBN(nn.Module):
     _bn_state: LayerState
     _bn_holds: int
     _bn_previous: tuple[Tensor, Tensor, Tensor | None] | None
+    _bn_domain: str | None
+    _bn_last_domain: str | None
+    _check_input_dim: Callable[[Tensor], None]
+    weight: Tensor | None
+    bias: Tensor | None
     eps: float
     momentum: float | None
 
@@ -141,12 +160,19 @@ class SwitchedBN(nn.Module):
         rule = TRAIN_RULES[state.train_stats] if self.training else EVAL_RULES[state.eval_stats]
         return type(self)._bn_tail(self, rule(self, x))
 
+    def _bn_population(self) -> str | None:
+        """The domain whose statistics count; on recomputation in backward, that of the layer's last forward."""
+        if not self._bn_state.options.domains or torch.compiler.is_compiling():
+            return self._bn_domain
+        if not recomputing():
+            self._bn_last_domain = self._bn_domain
+        return self._bn_last_domain
+
     def _bn_stats(self) -> RunningStats | None:
-        buffers = self._buffers
-        mean, var = buffers["running_mean"], buffers["running_var"]
-        if mean is None or var is None:
-            return None
-        return RunningStats(mean, var, buffers["num_batches_tracked"])
+        domain = self._bn_population()
+        keys = _STATS if domain is None else [domain_key(domain, name) for name in _STATS]
+        mean, var, batches = (self._buffers[key] for key in keys)
+        return None if mean is None or var is None else RunningStats(mean, var, batches)
 
     def _bn_require_stats(self) -> RunningStats:
         stats = self._bn_stats()
@@ -155,7 +181,11 @@ class SwitchedBN(nn.Module):
         return stats
 
     def _bn_affine(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.weight, self.bias
+        domain = self._bn_population()
+        if domain is None or self._bn_state.options.domain_affine == "shared":
+            return self.weight, self.bias
+        own = self._parameters
+        return own.get(domain_key(domain, "weight")), own.get(domain_key(domain, "bias"))
 
     def _bn_require_many(self, x: Tensor) -> None:
         """Refuses a batch whose statistics would be of one value per channel."""
@@ -176,7 +206,7 @@ class SwitchedBN(nn.Module):
             self._bn_previous = (*before, None if age is None else age.clone())
         return before
 
-    def _bn_renorm_bounds(self) -> tuple[float, float] | tuple[Tensor, Tensor]:
+    def _bn_renorm_bounds(self) -> tuple[Any, Any]:
         """The present (rmax, dmax) of the renorm schedule; call `_bn_before_update` first."""
         options = self._bn_state.options
         age = self._buffers.get(RENORM_AGE)
@@ -200,7 +230,7 @@ class SwitchedBN(nn.Module):
         if self.momentum is not None:
             weight = self.momentum
         else:
-            weight = (1 / (cast(Tensor, stats.count) + 1)).to(stats.mean.dtype)
+            weight = (1 / (cast(Tensor, stats.batches) + 1)).to(stats.mean.dtype)
         mean, var = mean.to(stats.mean.dtype), var.to(stats.var.dtype)
         self._bn_commit(stats, torch.lerp(stats.mean, mean, weight), torch.lerp(stats.var, var, weight))
 
@@ -212,27 +242,40 @@ class SwitchedBN(nn.Module):
         sound = var < torch.inf
         stats.mean.copy_(torch.where(sound, mean, stats.mean))
         stats.var.copy_(torch.where(sound, var, stats.var))
-        if stats.count is not None:
-            stats.count.add_(sound.all() if self.momentum is None else 1)
+        if stats.batches is not None:
+            stats.batches.add_(sound.all() if self.momentum is None else 1)
 
     def extra_repr(self) -> str:
         shown = [super().extra_repr(), "switches=({}, {}, {}, {})".format(*switches_of(self))]
         return ", ".join(part for part in shown if part)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in own_parameters(self):
+            del destination[prefix + name]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        own = {name: self._parameters.pop(name) for name in own_parameters(self)}
+        try:
+            super()._load_from_state_dict(*args, **kwargs)
+        finally:
+            self._parameters.update(own)
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _blank_layer, (self._native_class,), self.__getstate__()
+        state: Any = self.__getstate__()  # type: ignore[no-untyped-call]
+        return _blank_layer, (self._native_class,), {**state, **_FRESH, "_bn_holds": 0}
 
 
 class _AnyDimBatchNorm(_BatchNorm):
     """Stands in for `nn.SyncBatchNorm`, which DDP refuses on the CPU whatever it computes."""
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {x.dim()}D input)")
 
 
 @cache
-def _switched_class(native: type[nn.Module], known: BNClass) -> type[SwitchedBN]:
+def _switched_class(native: Any, known: BNClass) -> type[SwitchedBN]:
     base = _AnyDimBatchNorm if issubclass(native, nn.SyncBatchNorm) else native
     check = getattr(base, "_check_input_dim", _NormBase._check_input_dim)
     members = {
@@ -244,8 +287,8 @@ def _switched_class(native: type[nn.Module], known: BNClass) -> type[SwitchedBN]
     return cast(type[SwitchedBN], type(f"Switched{native.__name__}", (SwitchedBN, base), members))
 
 
-def _blank_layer(native: type[nn.Module]) -> nn.Module:
-    layer = native.__new__(native)
+def _blank_layer(native: Any) -> nn.Module:
+    layer: nn.Module = native.__new__(native)
     layer.__class__ = _switched_class(native, require_known(layer))
     return layer
 
@@ -267,17 +310,17 @@ def switches_of(layer: nn.Module) -> Switches:
     Raises:
         LayerError: the layer's class has a `forward` of its own and is not registered.
     """
-    affine = "trained" if any(trainable(layer)) else "frozen"
+    affine = "trained" if True in trainable(layer) else "frozen"
     state = state_of(layer)
     if state is None:
         train_stats, updates, eval_stats = _native_switches(layer)
     else:
         train_stats, updates, eval_stats = state.train_stats, state.updates, state.eval_stats
-    update_stats = "none" if not updates else "cumulative" if layer.momentum is None else "ema"
+    update_stats = "none" if not updates else "ema" if layer.momentum is not None else "cumulative"
     return Switches(train_stats, update_stats, affine, eval_stats)
 
 
-def _native_switches(layer: nn.Module) -> tuple[str, bool, str]:
+def _native_switches(layer: Any) -> tuple[str, bool, str]:
     if require_known(layer).frozen:
         return "running", False, "running"
     tracked = layer.running_mean is not None
@@ -308,64 +351,104 @@ def set_trainable(layer: nn.Module, wanted: Trainable) -> None:
         elif parameter is not None and parameter.requires_grad != flag:
             parameter.requires_grad_(bool(flag))
             parameter.grad = None
+        for own in [own for key, own in own_parameters(layer).items() if key.endswith(name)]:
+            if own.requires_grad != bool(flag):
+                own.requires_grad_(bool(flag))
+                own.grad = None
 
 
-def native_state(name: str, layer: nn.Module, model_training: bool) -> LayerState:
+def native_state(name: str, layer: Any, model_training: bool) -> LayerState:
     """The state under which a layer without a policy would go on as it does by itself.
 
     Raises:
         LayerError: the layer's class has a `forward` of its own and is not registered.
     """
     train_stats, updates, eval_stats = _native_switches(layer)
-    added = () if hasattr(layer, "momentum") else ("momentum",)
-    if "num_batches_tracked" not in layer._buffers:
-        added += ("num_batches_tracked",)
+    lent = {"momentum": hasattr(layer, "momentum"), "num_batches_tracked": "num_batches_tracked" in layer._buffers}
     momentum = getattr(layer, "momentum", DEFAULT_MOMENTUM)
     original = Original(
         momentum=momentum,
         eps=layer.eps,
         trainable=trainable(layer),
         apart=layer.training if layer.training != model_training else None,
-        added=added,
+        added=tuple(name for name, present in lent.items() if not present),
     )
     ranks = GroupChoice(process_group=getattr(layer, "process_group", None))
     ema_momentum = DEFAULT_MOMENTUM if momentum is None else momentum
     return LayerState(name, train_stats, updates, eval_stats, Options(ranks=ranks), original, ema_momentum=ema_momentum)
 
 
-def take_over(layer: nn.Module, state: LayerState) -> None:
+def take_over(layer: Any, state: LayerState) -> None:
     """Puts a layer under a state, in place; a layer already taken over only changes its state."""
     if not isinstance(layer, SwitchedBN):
         if "momentum" in state.original.added:
             layer.momentum = state.original.momentum
         if "num_batches_tracked" in state.original.added:
-            count = torch.zeros((), dtype=torch.long, device=layer.running_mean.device)
-            layer.register_buffer("num_batches_tracked", count, persistent=False)
-        layer._bn_holds = 0
-        layer._bn_previous = None
-        layer.__class__ = _switched_class(type(layer), require_known(layer, state.name))
+            _add_buffer(layer, "num_batches_tracked", torch.zeros((), dtype=torch.long))
+        vars(layer).update(_bn_holds=0, **_FRESH)
+        native: Any = type(layer)
+        layer.__class__ = _switched_class(native, require_known(layer, state.name))
     layer._bn_state = state
-    if state.train_stats == "renorm" and (state.options.renorm_warmup or state.options.renorm_ramp):
-        if RENORM_AGE not in layer._buffers:
-            age = torch.zeros((), dtype=torch.long, device=layer.running_mean.device)
-            layer.register_buffer(RENORM_AGE, age, persistent=False)
-    elif RENORM_AGE in layer._buffers:
+    _fit_extra_tensors(layer, state.options)
+
+
+def _fit_extra_tensors(layer: Any, options: Options) -> None:
+    """Adds what the options need beyond the layer's own tensors, and drops what they no longer need."""
+    scheduled = layer._bn_state.train_stats == "renorm" and (options.renorm_warmup or options.renorm_ramp)
+    if scheduled and RENORM_AGE not in layer._buffers:
+        _add_buffer(layer, RENORM_AGE, torch.zeros((), dtype=torch.long))
+    elif not scheduled and RENORM_AGE in layer._buffers:
         delattr(layer, RENORM_AGE)
+    for domain in options.domains:
+        for name in _STATS:
+            key = domain_key(domain, name)
+            if key not in layer._buffers:
+                value = layer._buffers[name]
+                layer.register_buffer(key, None if value is None else value.clone(), persistent=False)
+        for name in _AFFINE if options.domain_affine == "own" else ():
+            key, shared = domain_key(domain, name), getattr(layer, name)
+            if shared is not None and key not in layer._parameters:
+                own = Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+                layer.register_parameter(key, own)
 
 
-def let_go(layer: nn.Module, model_training: bool) -> None:
-    """Gives a layer back its class and attributes from before its first policy; values that training changed stay."""
+def _add_buffer(layer: nn.Module, name: str, value: Tensor) -> None:
+    device = cast(Tensor, layer._buffers["running_mean"]).device
+    layer.register_buffer(name, value.to(device), persistent=False)
+
+
+def extra_tensors(layer: nn.Module) -> dict[str, Tensor]:
+    """The tensors that policies have added to a layer and `state_dict` does not carry."""
     state = state_of(layer)
     if state is None:
-        return
-    original = state.original
+        return {}
+    lent = [name for name in state.original.added if name in layer._buffers]
+    tensors = {**layer._buffers, **layer._parameters}
+    added = {name: tensor for name, tensor in tensors.items() if name.startswith(_EXTRA) or name in lent}
+    return {name: tensor for name, tensor in added.items() if tensor is not None}
+
+
+def own_parameters(layer: nn.Module) -> dict[str, Parameter]:
+    """The Parameters that domains have of their own in a layer."""
+    return {name: own for name, own in layer._parameters.items() if name.startswith(_EXTRA) and own is not None}
+
+
+def give_back(layer: Any) -> None:
+    """Gives a layer its class back, and takes back what it was lent; everything else stays as it is."""
+    lent = [*extra_tensors(layer), *(["momentum"] if "momentum" in layer._bn_state.original.added else [])]
     layer.__class__ = layer._native_class
+    for name in lent:
+        delattr(layer, name)
     for name in [name for name in vars(layer) if name.startswith("_bn_")]:
         delattr(layer, name)
-    set_trainable(layer, original.trainable)
+
+
+def let_go(layer: Any, model_training: bool) -> None:
+    """Gives a layer back as it was before its first policy, in the model's mode; values that training changed stay."""
+    original = layer._bn_state.original
     layer.momentum, layer.eps = original.momentum, original.eps
-    for name in (*original.added, *([RENORM_AGE] if RENORM_AGE in layer._buffers else [])):
-        delattr(layer, name)
+    set_trainable(layer, original.trainable)
+    give_back(layer)
     layer.training = model_training if original.apart is None else original.apart
 
 
