@@ -118,9 +118,15 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             del weights[name]
     missing = own.keys() - weights.keys() - head_names
     wrong = [name for name, value in weights.items() if name in own and value.shape != own[name].shape]
-    for problem, names in (("lacks", sorted(missing)), ("has another shape of", wrong), ("has unknown", sorted(weights.keys() - own.keys()))):
+    for problem, names in (
+        ("lacks", sorted(missing)),
+        ("has another shape of", wrong),
+        ("has unknown", sorted(weights.keys() - own.keys())),
+    ):
         if names:
-            raise CheckpointError(f"model.checkpoint: {path} {problem} {names[0]} ({len(names)} such): is model.name right?")
+            raise CheckpointError(
+                f"model.checkpoint: {path} {problem} {names[0]} ({len(names)} such): is model.name right?"
+            )
     model.load_state_dict(weights, strict=False)
 
 

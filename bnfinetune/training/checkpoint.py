@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,13 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from timm.models import save_config_for_hf
+from timm.models._hub import save_config_for_hf  # the public save_for_hf refuses channels_last weights
 from torch import nn
 
-from bnfinetune.bn.policy import load_policy_state, policy_state
-from bnfinetune.demo import timm_equivalent
+from bnfinetune.bn.saving import load_policy_state, policy_state
 from bnfinetune.errors import CheckpointError
-from bnfinetune.training.folder import complete_folder, write_folder, write_json, write_text
+from bnfinetune.training.folder import complete_folder, write_folder, write_text
 
 WEIGHTS = "model.safetensors"
 RECIPE = "recipe.yaml"
@@ -35,12 +33,8 @@ def save_export(
 
     def fill(target: Path) -> None:
         save_tensors(target / WEIGHTS, model.state_dict())
-        config_path = target / "config.json"
-        save_config_for_hf(
-            model, str(config_path), model_config={"label_names": list(class_names)}, data_config=dict(data_config)
-        )
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        write_json(config_path, timm_equivalent(config))
+        labels = {"label_names": list(class_names)}
+        save_config_for_hf(model, str(target / "config.json"), model_config=labels, data_config=dict(data_config))
         write_text(target / RECIPE, recipe_text)
 
     write_folder(folder, fill)
@@ -62,7 +56,7 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
 def random_state(device: torch.device) -> dict[str, Any]:
     """Every random state of this process, as primitives and tensors that load without pickled code."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    name, keys, position, has_gauss, cached = np.random.get_state()
     state = {
         "python": [version, list(words), gauss],
         "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
@@ -78,7 +72,7 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
@@ -95,9 +89,7 @@ class StateStore:
         self.folder = run_folder / "checkpoints"
         self.keep = keep
 
-    def save(
-        self, update: int, models: Mapping[str, nn.Module], trainer: Mapping[str, Any], recipe_text: str
-    ) -> None:
+    def save(self, update: int, models: Mapping[str, nn.Module], trainer: Mapping[str, Any], recipe_text: str) -> None:
         """Write the state after `update` optimizer updates; `models` maps file stems to networks."""
 
         def fill(target: Path) -> None:

@@ -17,7 +17,8 @@ from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import load_recipe
 from bnfinetune.training.backbone import input_config
 from bnfinetune.training.checkpoint import RECIPE
-from bnfinetune.training.data import build_loaders, load_splits
+from bnfinetune.training.data.splits import load_splits
+from bnfinetune.training.feed import recipe_loaders
 from bnfinetune.training.metrics import Metrics, Tally
 from bnfinetune.training.start import start_accelerator
 
@@ -91,13 +92,7 @@ def evaluate_checkpoint(checkpoint: str, overrides: Sequence[str] = ()) -> dict[
     model = load_exported(folder).to(accelerator.device)
     splits = load_splits(recipe.data, recipe.run.seed)
     check_classes(model, splits.class_names, folder)
-    loaders = build_loaders(
-        splits,
-        input_config(model, None),
-        recipe,
-        rank=accelerator.process_index,
-        ranks=accelerator.num_processes,
-    )
+    loaders = recipe_loaders(recipe, splits, input_config(model, None), accelerator)
     measured = {"validation": loaders.val} | ({} if loaders.test is None else {"test": loaders.test})
     return {name: measure(model, loader, model.num_classes, accelerator) for name, loader in measured.items()}
 

@@ -107,7 +107,9 @@ def _damaged(folder: Path) -> str | None:
     """What is wrong with a folder that `write_folder` wrote, or None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return next((f"{name} has changed" for name, digest in manifest.items() if _sha256(folder / name) != digest), None)
+        return next(
+            (f"{name} has changed" for name, digest in manifest.items() if _sha256(folder / name) != digest), None
+        )
     except (OSError, ValueError, AttributeError) as error:
         return f"{MANIFEST} or a file that it lists cannot be read ({error})"
 

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from bnfinetune.bn.layers import is_bn_layer
 from bnfinetune.bn.ranks import merge_running_stats
 from bnfinetune.errors import TrainingError
 from bnfinetune.recipe import Recipe
-from bnfinetune.training.data import Loaders
+from bnfinetune.training.data.loaders import Loaders
+from bnfinetune.training.data.mixing import build_mixup
 from bnfinetune.training.evaluate import input_format
 from bnfinetune.training.optim import build_optimizer, build_schedule
 
@@ -77,15 +79,24 @@ class Trainer:
     def __post_init__(self) -> None:
         train = self.recipe.train
         self.model.to(self.accelerator.device)
-        self.updates = total_updates(self.recipe, self.loaders.train_batches)
+        self.has_bn = any(is_bn_layer(module) for module in self.model.modules())
+        self.updates = total_updates(self.recipe, self.loaders.train.batches)
         self.optimizer = build_optimizer(self.model, self.recipe.optim)
         self.schedule = build_schedule(self.optimizer, self.recipe.optim.schedule, self.updates)
         self.schedule.step_update(0)
         self.stepper = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
         self.ema = None if train.ema is None else ModelEmaV3(self.model, decay=train.ema, use_warmup=True)
-        self.mixup = self.loaders.mixup
+        self.mixup = build_mixup(
+            self.recipe.data.augment,
+            self.num_classes,
+            train.label_smoothing,
+            seed=self.recipe.run.seed,
+            rank=self.accelerator.process_index,
+        )
         # timm's mixup smooths the labels itself
-        self.loss_of = SoftTargetCrossEntropy() if self.mixup else nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
+        self.loss_of = (
+            SoftTargetCrossEntropy() if self.mixup else nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
+        )
         self.forward = self.wrap()
 
     def wrap(self) -> nn.Module:
@@ -134,7 +145,7 @@ class Trainer:
     def _epoch(self, bar: Any, pause: Pause) -> None:
         """Train from the present position to the end of its epoch."""
         self.forward.train()
-        self.loaders.set_position(self.progress.epoch, self.progress.batch)
+        self.loaders.train.set_position(self.progress.epoch, self.progress.batch)
         for group, ends_epoch in self._groups():
             self._update(group)
             if ends_epoch:
@@ -170,7 +181,7 @@ class Trainer:
     def _update(self, group: list[Batch]) -> None:
         """One optimizer update from the micro-batches of `group`, each weighted by its number of images."""
         begin = time.perf_counter()
-        train, accelerator = self.recipe.train, self.accelerator
+        accelerator = self.accelerator
         total = sum(len(labels) for _, labels in group)
         loss_sum = torch.zeros((), device=accelerator.device)
         for number, (images, labels) in enumerate(group):
@@ -207,8 +218,8 @@ class Trainer:
     def _check_loss(self, value: float) -> None:
         if not math.isfinite(value):
             raise TrainingError(
-                f"the loss is {value} at update {self.progress.update + 1}: lower optim.lr (now {self.recipe.optim.lr:g}), "
-                "set optim.clip_grad, or leave train.mixed_precision=fp16"
+                f"the loss is {value} at update {self.progress.update + 1}: lower optim.lr "
+                f"(now {self.recipe.optim.lr:g}), set optim.clip_grad, or leave train.mixed_precision=fp16"
             )
 
     def _status(self) -> str:
@@ -259,6 +270,8 @@ class Trainer:
 
     def merge_statistics(self) -> None:
         """Give all ranks the statistics of all images: before every evaluation, save and exit."""
+        if self.progress.update == 0 or not self.has_bn:
+            return
         for model in self.networks().values():
             merge_running_stats(model, count=self.progress.images / self.accelerator.num_processes)
 

@@ -60,7 +60,9 @@ def _layer_scales(model: nn.Module, layer_decay: float | None) -> dict[str, floa
     if layer_decay is None:
         return {}
     if not hasattr(model, "group_matcher"):
-        raise PolicyError(f"layer_decay needs timm's group_matcher, which {type(model).__name__} lacks: leave layer_decay unset")
+        raise PolicyError(
+            f"layer_decay needs timm's group_matcher, which {type(model).__name__} lacks: leave layer_decay unset"
+        )
     groups: dict[str, int] = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     last = max(groups.values())
     return {name: layer_decay ** (last - group) for name, group in groups.items()}
@@ -141,7 +143,9 @@ def check_groups(model: nn.Module, groups: Iterable[dict[str, Any]]) -> None:
         raise PolicyError("no parameter is trainable: every one is frozen; set model.trainable or bn.affine")
     for name, identity in trainable.items():
         if counts.get(identity, 0) != 1:
-            raise PolicyError(f"parameter {name} is in {counts.get(identity, 0)} optimizer groups: put it in exactly one")
+            raise PolicyError(
+                f"parameter {name} is in {counts.get(identity, 0)} optimizer groups: put it in exactly one"
+            )
 
 
 def describe_groups(groups: Iterable[dict[str, Any]]) -> list[str]:
@@ -163,7 +167,9 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     if optim.name.lower().removeprefix("lookahead_") not in known:
         near = difflib.get_close_matches(optim.name.lower(), known, n=1)
         hint = f"; nearest: {near[0]}" if near else ""
-        raise RecipeError(f"optim.name: timm has no optimizer {optim.name!r}{hint} ({len(known)} known, such as adamw, sgd, lamb)")
+        raise RecipeError(
+            f"optim.name: timm has no optimizer {optim.name!r}{hint} ({len(known)} known, such as adamw, sgd, lamb)"
+        )
     groups = param_groups(
         model,
         optim.weight_decay,

@@ -50,7 +50,9 @@ def _choose(recipe: Recipe) -> RunFolder:
     if state is None and resume == "auto" and not damaged:
         return RunFolder(choose_folder(recipe.run.dir, recipe.name))
     if state is None:
-        raise CheckpointError(f"train.resume: {folder} holds no undamaged state under checkpoints/; name a run folder that does")
+        raise CheckpointError(
+            f"train.resume: {folder} holds no undamaged state under checkpoints/; name a run folder that does"
+        )
     _same_recipe(state, recipe)
     return RunFolder(folder, state, tuple(f"warning: {line}; going on from {state.name}" for line in damaged))
 
@@ -75,4 +77,6 @@ def create_run(folder: RunFolder, recipe_text: str, environment: dict[str, Any])
         write_text(folder.path / RECIPE, recipe_text)
         write_text(folder.path / "environment.json", json.dumps(environment, indent=2) + "\n")
     except OSError as error:
-        raise CheckpointError(f"run.dir: {folder.path} cannot be written ({error.strerror}); choose another run.dir") from error
+        raise CheckpointError(
+            f"run.dir: {folder.path} cannot be written ({error.strerror}); choose another run.dir"
+        ) from error

@@ -19,7 +19,8 @@ from bnfinetune.recipe import BN, Recipe
 from bnfinetune.recipe_files import dump_recipe, load_recipe
 from bnfinetune.training.backbone import build_backbone, input_config, restrict_training
 from bnfinetune.training.batches import smallest_batch
-from bnfinetune.training.data import ImageSplits, build_loaders, load_splits
+from bnfinetune.training.data.splits import ImageSplits, load_splits
+from bnfinetune.training.feed import recipe_loaders
 from bnfinetune.training.keeper import Keeper
 from bnfinetune.training.loop import Trainer
 from bnfinetune.training.metrics import Metrics
@@ -68,13 +69,13 @@ def train(recipe: Recipe) -> RunResult:
     restrict_training(model, recipe.model.trainable)
     apply_recipe_policies(model, recipe.bn)
     data_config = input_config(model, recipe.data.image_size)
-    loaders = build_loaders(splits, data_config, recipe, rank=accelerator.process_index, ranks=accelerator.num_processes)
-    loaders.drop_remainder(smallest_batch(model, data_config["input_size"], recipe.train.batch_size))
+    loaders = recipe_loaders(recipe, splits, data_config, accelerator)
+    dropped = loaders.train.drop_remainder(smallest_batch(model, data_config["input_size"], recipe.train.batch_size))
     trainer = Trainer(recipe, accelerator, model, loaders, len(splits.class_names))
 
     seed_ranks(recipe.run, same_on_all=False)
     keeper = Keeper(trainer, folder, dump_recipe(recipe), splits.class_names, data_config, say)
-    before = keeper.begin(headline(trainer, splits))
+    before = keeper.begin(headline(trainer, splits, dropped))
     trainer.fit(keeper.pause)
     after = keeper.finish()
     return RunResult(folder.path, recipe, before, after, model, keeper.history)
@@ -91,15 +92,21 @@ def apply_recipe_policies(model: nn.Module, sections: BN | tuple[BN, ...]) -> No
         apply_policy(model, policies)
 
 
-def headline(trainer: Trainer, splits: ImageSplits) -> list[str]:
+def headline(trainer: Trainer, splits: ImageSplits, dropped: int) -> list[str]:
     """What is about to be trained, in a few lines: network, data, BN layers, optimizer groups."""
     recipe = trainer.recipe
     weights = recipe.model.checkpoint or ("pretrained" if recipe.model.pretrained else "random weights")
     length = f"{recipe.train.steps} updates" if recipe.train.steps else f"{recipe.train.epochs} epochs"
+    ranks = trainer.accelerator.num_processes
+    batch = " x ".join(str(n) for n in (ranks, recipe.train.batch_size, recipe.train.grad_accum) if n > 1) or "1"
     return [
-        f"[bold]{recipe.name}[/]  {recipe.model.name} ({weights}), {length}, "
-        f"{trainer.accelerator.num_processes} x batch {recipe.train.batch_size} x {recipe.train.grad_accum} accumulated",
+        f"[bold]{recipe.name}[/]  {recipe.model.name} ({weights}), {length}, batches of {batch}",
         f"data   {splits.describe()}",
+        *(
+            [f"       each epoch leaves out {dropped} images, too few for a batch that BN can normalise"]
+            if dropped
+            else []
+        ),
         f"BN     {summarise_bn(trainer.model)}",
         *(f"group  {line}" for line in describe_groups(trainer.optimizer.param_groups)),
     ]

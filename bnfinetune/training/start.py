@@ -42,7 +42,9 @@ def start_accelerator(mixed_precision: str = "no", tracking: str | None = None) 
         raise RecipeError(f"train.mixed_precision={mixed_precision}, run.tracking={tracking}: {error}") from error
     if (reason := _REFUSED.get(accelerator.distributed_type)) is not None:
         kind = accelerator.distributed_type.value
-        raise RecipeError(f"the launcher asks for {kind}, but {reason}: launch plain data-parallel processes (--multi_gpu)")
+        raise RecipeError(
+            f"the launcher asks for {kind}, but {reason}: launch plain data-parallel processes (--multi_gpu)"
+        )
     return accelerator
 
 
@@ -75,5 +77,10 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe, folder: Path) -> No
     if recipe.run.tracking is None:
         return
     accelerator.project_configuration.set_directories(str(folder))
-    flat = {f"{section}.{key}": str(value) for section, values in recipe.model_dump().items() if isinstance(values, dict) for key, value in values.items()}
+    flat = {
+        f"{section}.{key}": str(value)
+        for section, values in recipe.model_dump().items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+    }
     accelerator.init_trackers(f"bnfinetune-{recipe.name}", config=flat)

@@ -1,0 +1,57 @@
+"""Small image folders and networks with known, random statistics."""
+
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from bnfinetune.bn.layers import find_bn_layers
+
+CLASSES = ("blue", "green", "red")
+
+
+def write_images(folder: Path, *, train: int = 6, val: int = 3, size: int = 40) -> Path:
+    """A folder of three classes that colour tells apart, with noise; `train` and `val` images of each."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for channel, name in ((2, "blue"), (1, "green"), (0, "red")):
+            target = folder / split / name
+            target.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 120, (size, size, 3), dtype=np.uint8)
+                pixels[..., channel] += 100
+                Image.fromarray(pixels).save(target / f"{number}.png")
+    return folder
+
+
+def write_weights(path: Path, name: str, num_classes: int = 3, **kwargs) -> dict[str, torch.Tensor]:
+    """Random weights with random statistics and affine parameters, as a file; what is in it."""
+    torch.manual_seed(1)
+    model = timm.create_model(name, num_classes=num_classes, **kwargs)
+    for layer in find_bn_layers(model).values():
+        layer.running_mean.normal_(std=0.1)
+        layer.running_var.uniform_(0.5, 1.5)
+        layer.weight.data.uniform_(0.5, 1.5)
+        layer.bias.data.normal_(std=0.1)
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    save_file(weights, str(path))
+    return weights
+
+
+def exported(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of an exported folder."""
+    return load_file(str(folder / "model.safetensors"))
+
+
+def bn_keys(name: str) -> dict[str, set[str]]:
+    """Names of `statistics` and `affine` tensors of BN layers, and of `other` floating-point tensors."""
+    model = timm.create_model(name, num_classes=3)
+    layers = [n for n, m in model.named_modules() if hasattr(m, "running_mean")]
+    statistics = {f"{layer}.{tensor}" for layer in layers for tensor in ("running_mean", "running_var")}
+    affine = {f"{layer}.{tensor}" for layer in layers for tensor in ("weight", "bias")}
+    floating = {key for key, value in model.state_dict().items() if value.is_floating_point()}
+    head = {key for key in floating if key.startswith(model.pretrained_cfg["classifier"])}
+    return {"statistics": statistics, "affine": affine, "head": head, "other": floating - statistics - affine - head}
