@@ -6,6 +6,9 @@ the backend would leave the order, and with it the last bits, to the backend.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,6 +16,7 @@ from torch import Tensor
 from bnfinetune.errors import StatisticsError
 
 ProcessGroup = dist.ProcessGroup | None
+T = TypeVar("T")
 
 
 def is_distributed(group: ProcessGroup = None) -> bool:
@@ -38,27 +42,68 @@ def gather_in_rank_order(tensor: Tensor, group: ProcessGroup = None) -> Tensor:
     return torch.stack(parts).cpu()
 
 
-def raise_on_all_ranks(fault: BaseException | None, group: ProcessGroup = None) -> None:
-    """Lets every rank know of a fault on any: the faulty ranks raise their own, the others name the first of them.
+def share(action: Callable[[], Sequence[float]], width: int, group: ProcessGroup = None) -> list[list[float]]:
+    """Runs an action on every rank and tells every rank what each of them got; a fault on one is raised on all.
 
     Args:
-        fault: what went wrong on this rank, if anything did.
+        action: what this rank does; gives `width` numbers. It must not run collectives itself.
+        width: how many numbers.
         group: the process group; the default group if None.
 
+    Returns:
+        The numbers of rank 0, of rank 1, and so on.
+
     Raises:
-        BaseException: `fault` itself.
-        StatisticsError: another rank has a fault.
+        BaseException: on a rank whose own action failed: what it raised.
+        StatisticsError: on the other ranks, naming the first that failed.
     """
+    fault: BaseException | None = None
+    numbers: Sequence[float] = [0.0] * width
+    try:
+        numbers = action()
+    except BaseException as error:  # an interrupt too: the other ranks would wait for this one for ever
+        fault = error
     if is_distributed(group):
-        faulty = gather_in_rank_order(torch.tensor(fault is not None), group)
-        if faulty.any():
-            messages = [""] * len(faulty)
-            dist.all_gather_object(messages, f"{type(fault).__name__}: {fault}", group=group)
-            rank = int(faulty.int().argmax())
-            if fault is None:
-                raise StatisticsError(f"rank {rank} failed with {messages[rank]}; no rank's statistics were changed")
+        rows = gather_in_rank_order(torch.tensor([fault is not None, *numbers], dtype=torch.float64), group)
+        if rows[:, 0].any():
+            _raise_together(fault, rows[:, 0], group)
+        return rows[:, 1:].tolist()
     if fault is not None:
         raise fault
+    return [list(numbers)]
+
+
+def together(action: Callable[[], T], group: ProcessGroup = None) -> T:
+    """Runs an action on every rank; a fault on one is raised on all.
+
+    Args:
+        action: what this rank does. It must not run collectives itself.
+        group: the process group; the default group if None.
+
+    Returns:
+        What this rank's action gave.
+
+    Raises:
+        BaseException: on a rank whose own action failed: what it raised.
+        StatisticsError: on the other ranks, naming the first that failed.
+    """
+    results: list[T] = []
+
+    def run() -> Sequence[float]:
+        results.append(action())
+        return ()
+
+    share(run, 0, group)
+    return results[0]
+
+
+def _raise_together(fault: BaseException | None, faulty: Tensor, group: ProcessGroup) -> NoReturn:
+    messages = [""] * len(faulty)
+    dist.all_gather_object(messages, f"{type(fault).__name__}: {fault}", group=group)
+    if fault is not None:
+        raise fault
+    rank = int(faulty.argmax())
+    raise StatisticsError(f"rank {rank} failed with {messages[rank]}; no rank's statistics were changed")
 
 
 def _device_of(group: ProcessGroup) -> torch.device:

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from bnfinetune.bn.collectives import ProcessGroup, gather_in_rank_order, is_distributed, raise_on_all_ranks
+from bnfinetune.bn.collectives import ProcessGroup, gather_in_rank_order, is_distributed, together
 from bnfinetune.bn.layers import find_bn_layers
 from bnfinetune.bn.moments import Moments
-from bnfinetune.errors import BnFinetuneError, StatisticsError
+from bnfinetune.errors import StatisticsError
 
 
 @torch.no_grad()
@@ -41,12 +41,7 @@ def merge_running_stats(model: nn.Module, count: float, process_group: ProcessGr
     if not is_distributed(process_group):
         return
     tracked = {name: layer for name, layer in find_bn_layers(model).items() if layer.running_mean is not None}
-    fault: BnFinetuneError | None = None
-    try:
-        _check(tracked, count)
-    except StatisticsError as error:
-        fault = error
-    raise_on_all_ranks(fault, process_group)
+    together(lambda: _check(tracked, count), process_group)
     require_same_layers(tracked, process_group)
     merged = _merge(list(tracked.values()), count, process_group)
     # One call that Python signals cannot interrupt half-way: all buffers change, or none.
