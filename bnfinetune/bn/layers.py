@@ -8,6 +8,7 @@ torchvision and timm, and layers built with `track_running_stats=False`.
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -198,9 +199,16 @@ def _layers_with_names(model: nn.Module) -> dict[nn.Module, list[str]]:
             found.setdefault(module, []).append(name)
     if not found:
         raise SelectionError(
-            f"no BatchNorm layer in {type(unwrap(model)).__name__}; BN tools need a model with BN, such as resnet50"
+            f"no BatchNorm layer in {type(unwrap(model)).__name__}, which normalises by {_other_norms(model)}; "
+            "choose a model with BN, such as resnet50, or set no BN switch"
         )
     return found
+
+
+def _other_norms(model: nn.Module) -> str:
+    """The other normalisation layers of a model by class, such as `LayerNorm (25)`."""
+    kinds = Counter(type(module).__name__ for module in model.modules() if "norm" in type(module).__name__.lower())
+    return ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(3)) or "no layer of a known kind"
 
 
 def select_layers(model: nn.Module, layers: Globs = "*", exclude: Globs = ()) -> dict[str, nn.Module]:
