@@ -8,11 +8,13 @@ timm knows by itself.
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
 from timm.models import generate_default_cfgs, register_model, resolve_pretrained_cfg
-from timm.models.resnet import ResNet, test_resnet
+from timm.models.resnet import test_resnet
+from torch import nn
 
 from bnfinetune.demo.alphabet import CLASSES, IMAGE_SIZE
 
@@ -43,7 +45,7 @@ default_cfgs = generate_default_cfgs(
 
 
 @register_model
-def bnf_resnet(pretrained: bool = False, **kwargs: Any) -> ResNet:
+def bnf_resnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build the embedded backbone; every argument is one of `timm.create_model`.
 
     Args:
@@ -52,6 +54,8 @@ def bnf_resnet(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """
     source = resolve_pretrained_cfg(
         "bnf_resnet", kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
-    ).to_dict()
-    source["architecture"] = "test_resnet"
-    return test_resnet(pretrained, pretrained_cfg=source, **kwargs)
+    )
+    model: nn.Module = test_resnet(
+        pretrained, pretrained_cfg=asdict(replace(source, architecture="test_resnet")), **kwargs
+    )
+    return model
