@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,15 @@ def load_recipe(
             mistake, and counts the others.
     """
     config, origins = OmegaConf.create({}), dict[str, str]()
-    for origin, tree in [*_layers(name_or_path), *_override_layers(overrides)]:
-        for key, value in flatten(tree):
-            _set(config, key, plain(value, key))
-            origins[key] = origin
-    for key in sorted(OmegaConf.missing_keys(config)):
+    for origin, tree in _layers(name_or_path):
+        values = {key: plain(value, key) for key, value in flatten(tree)}
+        config = _merge(config, values)
+        origins |= dict.fromkeys(values, origin)
+    for key, value in _override_values(overrides):
+        _set(config, key, plain(value, key))
+        origins[key] = _CALLER
+    for missing in sorted(OmegaConf.missing_keys(config)):
+        key = re.sub(r"\[(\d+)\]", r".\1", missing)
         raise RecipeError(f"{key}: still open (???{_place(key, origins)}); give {key}=VALUE")
     try:
         return Recipe.model_validate_json(json.dumps(OmegaConf.to_container(config, resolve=False)), strict=True)
@@ -154,12 +158,36 @@ def _read(path: Path) -> str:
         raise RecipeError(f"{path}: {error.strerror}") from error
 
 
-def _override_layers(overrides: Sequence[str] | Mapping[str, Any]) -> list[Layer]:
+def _override_values(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of overrides, in their order."""
     if isinstance(overrides, Mapping):
-        return [(_CALLER, dict(overrides))]
-    if isinstance(overrides, str):
+        yield from flatten(overrides)
+    elif isinstance(overrides, str):
         raise RecipeError(f"overrides: found {describe(overrides)}; allowed: a list of key=value texts, or a mapping")
-    return [(_CALLER, dict([read_override(text)])) for text in overrides]
+    else:
+        for text in overrides:
+            yield from flatten(dict([read_override(text)]))
+
+
+def _merge(config: DictConfig, values: Mapping[str, Any]) -> DictConfig:
+    """The configuration with the values of one recipe on top; a `bn` of the other form replaces the one below."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, leaf = key.split(".")
+        here = tree
+        for section in sections:
+            here = here.setdefault(section, {})
+            if not isinstance(here, dict):
+                raise RecipeError(f"{key}: {section} is also given as {describe(here)}")
+        here[leaf] = value
+    if "bn" in tree and isinstance(tree["bn"], list) != isinstance(config.get("bn"), ListConfig):
+        config.pop("bn", None)
+    try:
+        merged = OmegaConf.merge(config, tree)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise RecipeError(str(error).splitlines()[0]) from error
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _set(config: DictConfig, key: str, value: Any) -> None:
@@ -179,7 +207,7 @@ def _set(config: DictConfig, key: str, value: Any) -> None:
         node = node[int(part)] if isinstance(node, ListConfig) else node.get(part)
         done.append(part)
     try:
-        OmegaConf.update(config, key, value, merge=False, force_add=True)
+        OmegaConf.update(config, key, value, merge=False)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise RecipeError(f"{key}: {str(error).splitlines()[0]}") from error
 

@@ -142,7 +142,7 @@ def _allowed(field: Mapping[str, Any]) -> str:
 def _bounds(field: Mapping[str, Any]) -> str:
     low, high = field.get("minimum"), field.get("maximum")
     if low is not None and high is not None:
-        return f" from {low:g} to {high:g}"
+        return f" from {_number(low)} to {_number(high)}"
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     return ",".join(f" {sign} {_number(field[name])}" for name, sign in signs.items() if name in field)
 

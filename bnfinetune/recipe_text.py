@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bnfinetune.errors import RecipeError
 
 MAX_BYTES = 64 * 1024
-MAX_NODES = 10_000
+MAX_NODES = 2_000
 MAX_DEPTH = 32
 
 _PART = r"[A-Za-z0-9_][\w-]*"
@@ -39,14 +39,14 @@ def read_yaml(text: str, origin: str) -> dict[Any, Any]:
         RecipeError: It is not one YAML mapping, or is larger, deeper or more repetitive than a recipe can be, or it
             holds a tag (`!...`) or an interpolation (`${...}`).
     """
-    _check_events(text, origin)
+    root = _check_events(text, origin)
+    if not isinstance(root, yaml.MappingStartEvent | None):
+        raise RecipeError(f"{origin}: found {describe(getattr(root, 'value', []))}; a recipe is a mapping of keys to values")
     try:
         config = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise RecipeError(f"{origin}: {_reason(error)}") from error
-    if not isinstance(config, dict):
-        raise RecipeError(f"{origin}: a recipe is a mapping of keys to values, found {describe(config)}")
-    return config
+    return config if isinstance(config, dict) else {}
 
 
 def read_override(text: str) -> tuple[str, Any]:
@@ -108,6 +108,8 @@ def plain(value: Any, key: str, depth: int = 0) -> Any:
     if isinstance(value, str):
         _check_text(value, key)
         return value
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise RecipeError(f"{key}: found a whole number of {value.bit_length()} bits; 64 are enough for a recipe")
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, list | tuple) and depth < MAX_DEPTH:
@@ -129,12 +131,13 @@ def describe(value: Any) -> str:
     return shown if len(shown) <= 60 else f"{shown[:56]} ..."
 
 
-def _check_events(text: str, origin: str) -> None:
-    """Walk the YAML without building it; an alias counts as all that it stands for."""
+def _check_events(text: str, origin: str) -> yaml.Event | None:
+    """Walk the YAML without building it, and give its root; an alias counts as all that it stands for."""
     if len(text) > MAX_BYTES:
         raise RecipeError(f"{origin}: longer than the {MAX_BYTES // 1024} KiB that a recipe may have")
     open_nodes: list[tuple[str | None, int]] = [(None, 0)]
     sizes: dict[str | None, int] = {}
+    root = None
     for event in _events(text, origin):
         if isinstance(event, yaml.CollectionStartEvent):
             open_nodes.append((event.anchor, 1))
@@ -150,10 +153,12 @@ def _check_events(text: str, origin: str) -> None:
             size = sizes[event.anchor]
         else:
             continue
+        root = root or event
         anchor, before = open_nodes[-1]
         open_nodes[-1] = (anchor, before + size)
         if len(open_nodes) > MAX_DEPTH or before + size > MAX_NODES:
             raise RecipeError(f"{origin}: more than {MAX_DEPTH} levels or {MAX_NODES} values; no recipe needs that")
+    return root
 
 
 def _events(text: str, origin: str) -> Iterator[yaml.Event]:
