@@ -1,0 +1,1 @@
+"""The BN doctor: rules that find pitfalls in any training set-up, and measurements of statistics against data."""

@@ -1,0 +1,1 @@
+"""The rules themselves, by theme; `bnfinetune.diagnose.registry` lists and runs them."""

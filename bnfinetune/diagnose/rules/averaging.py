@@ -1,0 +1,172 @@
+"""Rules about what outlives training: averaged models, checkpoints, exported graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnfinetune.bn.layers import find_bn_layers, unwrap
+from bnfinetune.diagnose.case import Case
+from bnfinetune.diagnose.facts import is_untouched
+from bnfinetune.diagnose.registry import Trouble, rule
+from bnfinetune.errors import CheckpointError
+
+_BUFFERS = ("running_mean", "running_var")
+
+
+@rule(
+    "BN601",
+    "averaged weights with another model's statistics",
+    "warning",
+    why="The statistics belong to the activations of the live weights; the averaged ones produce others.",
+    needs=("averaged",),
+)
+def foreign_average(case: Case) -> Iterator[Trouble]:
+    """**Symptom.** The averaged model is far below the live one.
+
+    **Cause.** EMA or SWA averages parameters and copies buffers, or leaves them at construction.
+
+    **Found by.** With `averaged`: its parameters differ from the model's while running statistics are bit for bit the
+    model's, or untouched. Averaging buffers too, or re-estimating them, are both cures; which is better depends.
+
+    ```python
+    averaged = torch.optim.swa_utils.AveragedModel(model)           # the pitfall: use_buffers=False
+
+    bnf.precise_bn(averaged, loader)                                # repaired
+    ```
+    """
+    averaged = case.context.averaged
+    assert averaged is not None
+    theirs = find_bn_layers(averaged)
+    own, other = dict(case.bare.named_parameters()), dict(unwrap(averaged).named_parameters())
+    moved = any(name in other and not torch.equal(p.to(other[name].device), other[name]) for name, p in own.items())
+    foreign = [
+        name
+        for name, layer in case.layers.items()
+        if name in theirs and layer.running_mean is not None and (_same(layer, theirs[name]) or is_untouched(theirs[name]))
+    ]
+    if moved and foreign:
+        yield Trouble(
+            tuple(foreign),
+            f"the averaged parameters differ from the model's, {len(foreign)} layers' statistics do not",
+            "bnf.precise_bn(averaged, loader, include_frozen=True)",
+        )
+
+
+def _same(first: nn.Module, second: nn.Module) -> bool:
+    return all(torch.equal(getattr(first, key), getattr(second, key).to(getattr(first, key).device)) for key in _BUFFERS)
+
+
+@rule(
+    "BN602",
+    "the checkpoint lacks running statistics",
+    "error",
+    why="Loading it gives the weights of this model with the statistics of another, and so other outputs.",
+    needs=("saved",),
+)
+def missing_buffers(case: Case) -> Iterator[Trouble]:
+    """**Symptom.** A saved model, adapter or resumed run gives other outputs than the one that was saved.
+
+    **Cause.** Only parameters were saved: `named_parameters()`, an optimizer's view, or an adapter's.
+
+    **Found by.** With `saved`, a state dict or the path of one (safetensors or a tensors-only pickle): names and shapes
+    of BN statistics that the model has and it lacks. Prefixes of wrappers are looked through.
+
+    ```python
+    torch.save(dict(model.named_parameters()), "model.pt")        # the pitfall
+
+    torch.save(model.state_dict(), "model.pt")                    # repaired
+    ```
+    """
+    saved = case.context.saved
+    assert saved is not None
+    shapes = {_clean(name): shape for name, shape in _saved_shapes(saved).items()}
+    tracked = {name: layer for name, layer in case.layers.items() if layer.running_mean is not None}
+    lacking = [
+        name
+        for name, layer in tracked.items()
+        if any(shapes.get(f"{name}.{key}" if name else key) != tuple(layer.running_mean.shape) for key in _BUFFERS)
+    ]
+    if lacking:
+        path = repr(str(saved)) if isinstance(saved, str | Path) else '"model.pt"'
+        yield Trouble(
+            tuple(lacking),
+            f"{len(lacking)} of {len(tracked)} layers have no running statistics of the right shape in it",
+            f"torch.save(model.state_dict(), {path}); saved = model.state_dict()",
+        )
+
+
+def _clean(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
+def _saved_shapes(saved: Mapping[str, Any] | str | Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a state dict or of its file, by name."""
+    if isinstance(saved, Mapping):
+        inner = saved.get("state_dict", saved.get("model", saved))
+        return {name: tuple(value.shape) for name, value in inner.items() if hasattr(value, "shape")}
+    path = Path(saved)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, "pt") as file:
+                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return _saved_shapes(torch.load(path, map_location="meta", weights_only=True))
+    except Exception as error:  # safetensors, pickle, zip and the file system raise each their own
+        raise CheckpointError(f"saved: {path} is neither safetensors nor a tensors-only pickle ({error})") from error
+
+
+@rule(
+    "BN603",
+    "an exported graph has training mode baked in",
+    "error",
+    why="The graph cannot be switched: it normalises by whatever batch it gets, for ever.",
+    needs=("exported",),
+)
+def baked_mode(case: Case) -> Iterator[Trouble]:
+    """**Symptom.** The deployed model's answers depend on the batch; a batch of one fails; `eval()` raises or does nothing.
+
+    **Cause.** The model was exported in training mode.
+
+    **Found by.** With `exported`, a `torch.export` program or an fx graph: batch-norm nodes that normalise by the batch.
+
+    ```python
+    exported = torch.export.export(model.train(), (images,))         # the pitfall
+
+    exported = torch.export.export(model.eval(), (images,))          # repaired
+    ```
+    """
+    graph = getattr(case.context.exported, "graph_module", case.context.exported).graph
+    baked = [_layer_of(node) for node in graph.nodes if node.op == "call_function" and _trains(node)]
+    if baked:
+        known = tuple(name for name in baked if name in case.layers)
+        yield Trouble(
+            known or tuple(baked),
+            f"{len(baked)} batch-norm nodes of the graph normalise by their batch",
+            "exported = torch.export.export(model.eval(), example_inputs)",
+        )
+
+
+_TRAINING_ARGUMENT = {"batch_norm": 5, "_native_batch_norm_legit": 5, "native_batch_norm": 5, "_batch_norm_with_update": 0}
+_ALWAYS_TRAINING = ("_batch_norm_with_update", "_batch_norm_with_update_functional", "_native_batch_norm_legit_functional")
+
+
+def _trains(node: torch.fx.Node) -> bool:
+    packet = getattr(node.target, "overloadpacket", None)
+    name = str(packet or getattr(node.target, "__name__", "")).rpartition(".")[2]
+    if name in _ALWAYS_TRAINING:
+        return name != "_native_batch_norm_legit_functional" or node.args[5] is True
+    place = _TRAINING_ARGUMENT.get(name)
+    return place is not None and len(node.args) > place and node.args[place] is True
+
+
+def _layer_of(node: torch.fx.Node) -> str:
+    """Qualified name of the module that a node was traced from."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0] if stack else node.name
+    return str(path).removeprefix("L['self'].").replace("L__self___", "")

@@ -1,0 +1,149 @@
+"""Rules about models that were converted: compared with the `source` they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from bnfinetune.bn.layers import bn_class, find_bn_layers, unwrap, walk_modules
+from bnfinetune.diagnose.case import Case
+from bnfinetune.diagnose.registry import Trouble, rule
+
+_OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+@rule(
+    "BN403",
+    "a conversion dropped the activations",
+    "error",
+    why="timm's BN layers hold their activation; converters that know only the base class leave it out without a word.",
+)
+def dropped_activation(case: Case) -> Iterator[Trouble]:
+    """**Symptom.** Nonsense outputs after a conversion to SyncBN or frozen BN; a ResNet is fine, an EfficientNet not.
+
+    **Cause.** `BatchNormAct2d` normalises, drops out and activates. `nn.SyncBatchNorm.convert_sync_batchnorm`,
+    detectron2's and open_clip's frozen converters match it as a `BatchNorm2d`.
+
+    **Found by.** `SyncBatchNorm` layers that carry an activation as a child which they never call; with `source`, any
+    layer whose source applies an activation and which does not.
+
+    ```python
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(efficientnet)              # the pitfall
+
+    model = bnf.convert_sync_bn(efficientnet)                                  # repaired
+    ```
+    """
+    source = find_bn_layers(case.context.source) if case.context.source is not None else {}
+    dropped = [
+        name
+        for name, layer in case.layers.items()
+        if not _activates(layer) and ("act" in layer._modules or _activates(source.get(name, layer)))
+    ]
+    if dropped:
+        yield Trouble(
+            tuple(dropped),
+            f"{len(dropped)} layers no longer apply the activation that they held",
+            "model = bnf.convert_sync_bn(source)  # the model from before the conversion",
+        )
+
+
+def _activates(layer: nn.Module) -> bool:
+    known = bn_class(layer)
+    if known is None:
+        return "act" in layer._modules  # an own forward; trusted to call its child
+    return known.tail.__name__ != "_no_tail" and not isinstance(layer._modules.get("act"), nn.Identity | None)
+
+
+@rule(
+    "BN502",
+    "eps, momentum or statistics were lost in a conversion",
+    "error",
+    why="The converted layer normalises or averages otherwise than the weights were trained with.",
+    needs=("source",),
+)
+def lost_settings(case: Case) -> Iterator[Trouble]:
+    """**Symptom.** Small or large differences in output after a conversion, freeze or port.
+
+    **Cause.** Converters that forget attributes: timm's unfreeze resets momentum, early frozen layers had eps 0, ports
+    from TensorFlow take its momentum for PyTorch's, half precision flushes tiny variances to 0.
+
+    **Found by.** With `source`, the model from before: eps, momentum and running statistics of layers of equal name. A
+    model that trained since differs in its statistics; compare right after the conversion.
+
+    ```python
+    frozen = timm.layers.freeze_batch_norm_2d(model)
+    model = timm.layers.unfreeze_batch_norm_2d(frozen)               # the pitfall: momentum 0.01 is now 0.1
+
+    bnf.freeze_bn(model); bnf.unfreeze_bn(model)                     # repaired: an exact round trip
+    ```
+    """
+    assert case.context.source is not None
+    lost: dict[str, str] = {}
+    for name, before in find_bn_layers(case.context.source).items():
+        layer = case.layers.get(name)
+        changes = [] if layer is None else list(_changes(before, layer))
+        if changes:
+            lost[name] = ", ".join(changes)
+    if lost:
+        name, changes_of_first = next(iter(lost.items()))
+        yield Trouble(
+            tuple(lost),
+            f"{len(lost)} layers differ from the source; {name}: {changes_of_first}",
+            "for name, old in bnf.find_bn_layers(source).items(): new = bnf.find_bn_layers(model)[name]; "
+            "new.eps, new.momentum = old.eps, getattr(old, 'momentum', 0.1); new.load_state_dict(old.state_dict())",
+        )
+
+
+def _changes(before: nn.Module, after: nn.Module) -> Iterator[str]:
+    for key in ("eps", "momentum"):
+        old, new = getattr(before, key, None), getattr(after, key, None)
+        if hasattr(before, key) and hasattr(after, key) and old != new:
+            yield f"{key} {old} became {new}"
+    for key in ("running_mean", "running_var"):
+        old, new = getattr(before, key), getattr(after, key)
+        if old is not None and new is not None and not torch.equal(old.cpu().float(), new.cpu().float()):
+            yield f"{key} changed by up to {float((old.cpu().float() - new.cpu().float()).abs().max()):.2g}"
+
+
+@rule(
+    "BN604",
+    "pretrained BN was swapped for another norm",
+    "warning",
+    why="Weights that were trained around BN statistics are off under any other normalisation until they train anew.",
+    needs=("source",),
+)
+def swapped_norm(case: Case) -> Iterator[Trouble]:
+    """**Symptom.** Accuracy of a pretrained network collapses after a swap of BN for GroupNorm.
+
+    **Cause.** The other weights were trained with BN's statistics between them.
+
+    **Found by.** With `source`: names where it has a BN layer and the model another norm, while other weights are still
+    the source's.
+
+    ```python
+    model = bnf.convert_group_norm(copy.deepcopy(source))     # the pitfall on pretrained weights and a short training
+
+    model = bnf.freeze_bn(copy.deepcopy(source))              # repaired: small batches without a swap
+    model = timm.create_model("resnet50_gn", pretrained=True) # or: weights that were trained with GroupNorm
+    ```
+    """
+    source = case.context.source
+    assert source is not None
+    modules = dict(walk_modules(case.model))
+    swapped = [name for name in find_bn_layers(source) if isinstance(modules.get(name), _OTHER_NORMS)]
+    if swapped and _shares_weights(source, case.bare):
+        yield Trouble(
+            tuple(swapped),
+            f"{len(swapped)} BN layers became {type(modules[swapped[0]]).__name__}; other weights are the source's",
+            "model = bnf.freeze_bn(source)",
+        )
+
+
+def _shares_weights(source: nn.Module, model: nn.Module) -> bool:
+    own = dict(model.named_parameters())
+    return any(
+        parameter.ndim > 1 and name in own and own[name].shape == parameter.shape and torch.equal(own[name], parameter)
+        for name, parameter in unwrap(source).named_parameters()
+    )

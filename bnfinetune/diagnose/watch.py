@@ -1,0 +1,265 @@
+"""Watching a few steps of anybody's training loop: hooks while it runs, rules when it is over."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnfinetune.bn.layers import bn_class, find_bn_layers
+from bnfinetune.bn.precise import evaluation_mode
+from bnfinetune.bn.recorder import population_of, recording
+from bnfinetune.bn.switches import SwitchedBN, recomputing
+from bnfinetune.diagnose.case import Case, Context
+from bnfinetune.diagnose.compare import LayerDrift, drifts, observing
+from bnfinetune.diagnose.finding import Findings
+from bnfinetune.diagnose.registry import known_codes, run_rules
+from bnfinetune.diagnose.trace import Forward, Gap, LayerCalls, Trace
+
+_SAMPLE = 32  # pixels a side that input statistics are taken of
+_PRINT = 64  # values that tell one batch from another
+
+
+class watch_bn:  # noqa: N801  (a function to its users, as `torch.no_grad` is)
+    """Watches BN layers while some steps of any loop run, and judges them by the doctor's dynamic rules.
+
+    Light hooks count calls, updates and passes; nothing is computed on activations. On leaving, the last training batch
+    is run twice more, in evaluation mode and without gradients, to compare what training and evaluation make of it;
+    modes, statistics and random states are as before. After an exception in the block the findings are there too, and
+    the exception goes on.
+
+    Args:
+        model: any module with BN layers, wrapped or not. Inside `torch.compile` only whole forwards can be seen.
+        optimizer: what trains it; without one, every backward counts as a step.
+        process_group: ranks to compare at the end; a collective, so all of them must watch.
+        ignore: codes of rules to leave out.
+        rerun: whether to run the last batch again on leaving.
+
+    Attributes:
+        findings: what was found; empty until the block is left.
+        trace: what was seen.
+
+    Example:
+        >>> with bnf.watch_bn(model, optimizer) as watch:
+        ...     for images, labels in islice(loader, 10):
+        ...         train_step(images, labels)
+        >>> print(watch.findings)
+
+    Raises:
+        SelectionError: the model has no BN layer, or `ignore` names no rule.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        process_group: Any = None,
+        ignore: Sequence[str] = (),
+        rerun: bool = True,
+    ) -> None:
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
+        self._case = Case(model, optimizer, context=Context(process_group=process_group))
+        self._ignore, self._rerun = known_codes(ignore), rerun
+        self._watcher: _Watcher | None = None
+        self._handles = ExitStack()
+        self.findings = Findings()
+        self.trace = Trace()
+
+    def __enter__(self) -> watch_bn:
+        self._watcher = _Watcher(self._case, self.trace)
+        self._handles.enter_context(self._watcher.hooks(self._case.optimizer))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._handles.close()
+        assert self._watcher is not None
+        if error is None and self._rerun:
+            self.trace.gap = self._watcher.gap()
+        case = Case(self._case.model, self._case.optimizer, context=self._case.context, trace=self.trace)
+        if error is not None:  # the other ranks may not get here
+            case = Case(case.model, case.optimizer, trace=self.trace)
+        self.findings = run_rules(case, ignore=self._ignore)
+
+
+class _Watcher:
+    """The hooks of one `watch_bn`, and what they have noted so far."""
+
+    def __init__(self, case: Case, trace: Trace) -> None:
+        self._trace = trace
+        self._bare = case.bare
+        # A compiled model calls the inner one through its own code, which no hook on the inner one interrupts.
+        self._root = case.model if hasattr(case.model, "_orig_mod") else case.bare
+        self._layers = find_bn_layers(case.model)
+        trained = {id(p) for p in self._bare.parameters() if p.requires_grad}
+        affine = {id(p) for layer in self._layers.values() for p in layer.parameters(recurse=False)}
+        trace.adapts = bool(trained) and trained <= affine
+        trace.layers = {name: LayerCalls(was_apart=case.set_apart(name)) for name in self._layers}
+        self._counts_steps = case.optimizer is not None
+        self._now: Forward | None = None
+        self._open = 0
+        self._last: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+    @contextmanager
+    def hooks(self, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+        with ExitStack() as handles:
+            for name, layer in self._layers.items():
+                handles.callback(layer.register_forward_pre_hook(self._noting(name)).remove)
+            before = self._root.register_forward_pre_hook(self._begin, with_kwargs=True)
+            handles.callback(before.remove)
+            handles.callback(self._root.register_forward_hook(self._end).remove)
+            if optimizer is not None:
+                handles.callback(optimizer.register_step_post_hook(self._step).remove)
+            yield
+
+    def _noting(self, name: str) -> Any:
+        calls, bare = self._trace.layers[name], self._bare
+
+        def note(layer: nn.Module, _: Any) -> None:
+            if not layer.training:
+                calls.was_apart |= bare.training and not isinstance(layer, SwitchedBN)
+            elif recomputing():
+                calls.recomputed += updates_now(layer, recompute=True)
+            elif not torch.is_grad_enabled():
+                calls.silent += layer.momentum is not None and updates_now(layer)
+            else:
+                calls.normalised += 1
+                moved = updates_now(layer)
+                calls.updating += moved
+                calls.unfrozen += moved and calls.was_apart
+                if moved and self._now is not None:
+                    self._now.updated = True
+
+        return note
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if recomputing():
+            return
+        grad = torch.is_grad_enabled()
+        forward = Forward(self._trace.steps, self._bare.training, grad)
+        image = _first_tensor((args, kwargs))
+        if image is not None:
+            _describe_input(forward, image)
+        self._trace.forwards.append(forward)
+        self._now = forward
+        if forward.trains:
+            self._last = args, kwargs
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        forward, self._now = self._now, None
+        out = _first_tensor(output)
+        if forward is None or out is None:
+            return
+        if out.requires_grad:
+            self._open += 1
+            self._trace.unanswered = max(self._trace.unanswered, self._open)
+            out.register_hook(lambda _: self._backward(forward))
+        if self._trace.adapts and out.ndim == 2 and out.shape[1] > 1:
+            forward.predicted = torch.bincount(out.detach().argmax(1), minlength=out.shape[1])
+
+    def _backward(self, forward: Forward) -> None:
+        forward.backwards += 1
+        self._open = 0
+        if not self._counts_steps:
+            self._trace.steps += 1
+
+    def _step(self, *_: Any) -> None:
+        self._trace.steps += 1
+
+    @torch.no_grad()
+    def gap(self) -> Gap | None:
+        """Runs the last training batch as evaluation and as training normalise it; None if there was none."""
+        images = None if self._last is None else _first_tensor(self._last)
+        if images is None or images.ndim == 0:
+            return None
+        tracked = {name: layer for name, layer in self._layers.items() if population_of(layer) is not None}
+        live = {name: layer for name, layer in tracked.items() if self._trace.layers[name].updating}
+        try:
+            with evaluation_mode(self._bare), _same_draws(images.device):
+                evaluated, by_running = self._again(tracked, len(images))
+                with recording(live):
+                    trained, by_batch = self._again(live, len(images))
+        except Exception as error:  # a model may refuse its training input in evaluation mode in any way
+            warnings.warn(
+                f"watch_bn could not run the last batch again, so BN201 and BN203 are left out: {error}", stacklevel=4
+            )
+            return None
+        if evaluated is None or trained is None:
+            return None
+        return Gap(len(images), *difference(evaluated, trained), by_running, by_batch)
+
+    def _again(self, layers: dict[str, nn.Module], images: int) -> tuple[Tensor | None, dict[str, LayerDrift]]:
+        assert self._last is not None
+        args, kwargs = self._last
+        with observing(layers) as seen:
+            seen.images = images
+            output = self._bare(*args, **kwargs)
+        return _first_tensor(output), drifts(layers, seen)
+
+
+def updates_now(layer: nn.Module, *, recompute: bool = False) -> bool:
+    """Whether a call of this layer in training mode moves its running statistics."""
+    if getattr(layer, "momentum", None) == 0:
+        return False
+    if isinstance(layer, SwitchedBN):
+        return layer._bn_state.updates and not layer._bn_holds and not recompute
+    tracked = layer.running_mean is not None and getattr(layer, "track_running_stats", True)
+    return tracked and not _is_still(type(layer))
+
+
+@cache
+def _is_still(cls: type[nn.Module]) -> bool:
+    """Whether layers of this class never update, as the frozen classes of torchvision and timm."""
+    known = bn_class(cls.__new__(cls))
+    return known is None or known.frozen
+
+
+def difference(first: Tensor, second: Tensor) -> tuple[float, float | None]:
+    """How far two outputs of the same images are apart; see `Gap`."""
+    first, second = first.float(), second.float()
+    if first.ndim == 2 and first.shape[1] > 1:
+        apart = (first.softmax(1) - second.softmax(1)).abs().sum(1).mean() / 2
+        return float(apart), float((first.argmax(1) == second.argmax(1)).float().mean())
+    scale = torch.linalg.vector_norm(first) + torch.linalg.vector_norm(second)
+    return float(torch.linalg.vector_norm(first - second) / scale.clamp(min=1e-12)), None
+
+
+def _same_draws(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    """The first floating-point tensor in nested arguments or outputs."""
+    if isinstance(value, Tensor):
+        return value if value.is_floating_point() else None
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        for each in value:
+            found = _first_tensor(each)
+            if found is not None:
+                return found
+    return None
+
+
+@torch.no_grad()
+def _describe_input(forward: Forward, image: Tensor) -> None:
+    """Notes the size of a batch and a few of its values, without waiting for the device."""
+    sample = image.detach()
+    if sample.ndim == 4:
+        forward.size = sample.shape[-2]
+        rows, columns = (max(side // _SAMPLE, 1) for side in sample.shape[-2:])
+        sample = sample[:, :, ::rows, ::columns]
+    sample = sample.float()
+    forward.fingerprint = sample[:: max(len(sample) // 4, 1)].flatten(1)[:, :: max(sample[0].numel() // _PRINT, 1)].clone()
+    if sample.ndim > 1:
+        std, mean = torch.std_mean(sample.transpose(0, 1).flatten(1), 1)
+        forward.mean, forward.std = mean, std
