@@ -96,8 +96,10 @@ def train(arguments: Arguments) -> None:
     recipe = load_recipe(name, arguments.overrides)
 
     from bnfinetune.training.run import train as run_recipe
+    from bnfinetune.training.start import leave_ranks
 
     run_recipe(recipe)
+    leave_ranks()
 
 
 @verb(

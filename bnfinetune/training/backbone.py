@@ -57,14 +57,14 @@ def _create(section: Model, class_names: Sequence[str]) -> nn.Module:
     pretrained = section.pretrained and section.checkpoint is None
     if not pretrained:
         return timm.create_model(section.name, pretrained=False, num_classes=len(class_names), **section.kwargs)
-    model = timm.create_model(section.name, pretrained=True, **section.kwargs)
+    model: Any = timm.create_model(section.name, pretrained=True, **section.kwargs)
     labels = model.pretrained_cfg.get("label_names")
     known = isinstance(labels, list | tuple) and set(class_names) <= set(labels)
     rows = [list(labels).index(name) for name in class_names] if known and section.head == "auto" else None
     return _fit_head(model, len(class_names), rows)
 
 
-def _fit_head(model: nn.Module, num_classes: int, rows: list[int] | None) -> nn.Module:
+def _fit_head(model: Any, num_classes: int, rows: list[int] | None) -> Any:
     """Give the model a new classifier; a linear one starts from `rows` of the old one where these are given."""
     old = model.get_classifier()
     model.reset_classifier(num_classes)
@@ -130,7 +130,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(weights, strict=False)
 
 
-def _checkpoint_gradients(model: nn.Module, name: str) -> None:
+def _checkpoint_gradients(model: Any, name: str) -> None:
     try:
         model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:

@@ -97,20 +97,20 @@ def evaluate_checkpoint(checkpoint: str, overrides: Sequence[str] = ()) -> dict[
     return {name: measure(model, loader, model.num_classes, accelerator) for name, loader in measured.items()}
 
 
-def load_exported(folder: Path) -> nn.Module:
+def load_exported(folder: Path) -> Any:
     """The network of an exported folder, in evaluation mode.
 
     Raises:
         CheckpointError: It cannot be loaded.
     """
     try:
-        model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except Exception as error:  # timm, torch, safetensors and json raise each their own
         raise CheckpointError(f"checkpoint: {folder} cannot be loaded ({error})") from error
     return model.eval()
 
 
-def check_classes(model: nn.Module, class_names: Sequence[str], folder: Path) -> None:
+def check_classes(model: Any, class_names: Sequence[str], folder: Path) -> None:
     """Refuse data whose classes are not the network's, or are in another order."""
     known = tuple(model.pretrained_cfg.get("label_names") or ())
     if known != tuple(class_names) and (known or model.num_classes != len(class_names)):

@@ -83,7 +83,8 @@ class Keeper:
             rows = [(name, when, m[name]) for name in after for when, m in (("before", self.before), ("after", after))]
             self.say(metrics_table({f"{name} {when}": metrics for name, when, metrics in rows}))
             self.say(f"best network of update {self.trainer.progress.best_update}: {self.folder / 'best'}")
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return after
 
     def measure_all(self) -> dict[str, Metrics]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Iterator
@@ -28,6 +29,10 @@ from bnfinetune.training.evaluate import input_format
 from bnfinetune.training.optim import build_optimizer, build_schedule
 
 Batch = tuple[Tensor, Tensor]
+
+# torch 2.15 renamed DDP's switch
+_DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
+_KEEP_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
 
 
 class Pause(Protocol):
@@ -108,7 +113,8 @@ class Trainer:
             # every rank but the first, which `merge_running_stats` keeps.
             device = self.accelerator.device
             ids = None if device.type == "cpu" else [device]
-            forward = DistributedDataParallel(forward, device_ids=ids, broadcast_buffers=False)
+            options: dict[str, Any] = {"device_ids": ids, _KEEP_BUFFERS: False}
+            forward = DistributedDataParallel(forward, **options)
         if self.recipe.model.compile:
             forward = torch.compile(forward)  # type: ignore[assignment]
         return forward
@@ -280,5 +286,6 @@ def _synchronised(forward: nn.Module, last: bool) -> AbstractContextManager[Any]
     """Exchange gradients between ranks only in the backward of a group's last micro-batch."""
     if last or not hasattr(forward, "no_sync"):
         return nullcontext()
-    waiting: AbstractContextManager[Any] = forward.no_sync()
+    no_sync: Any = forward.no_sync
+    waiting: AbstractContextManager[Any] = no_sync()
     return waiting

@@ -55,7 +55,7 @@ def _owned_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter
             yield name, kind, parameter
 
 
-def _layer_scales(model: nn.Module, layer_decay: float | None) -> dict[str, float]:
+def _layer_scales(model: Any, layer_decay: float | None) -> dict[str, float]:
     """Learning-rate factor per parameter name: `layer_decay ** (last group - group)` over timm's layer groups."""
     if layer_decay is None:
         return {}
@@ -68,7 +68,7 @@ def _layer_scales(model: nn.Module, layer_decay: float | None) -> dict[str, floa
     return {name: layer_decay ** (last - group) for name, group in groups.items()}
 
 
-def head_parameters(model: nn.Module) -> set[int]:
+def head_parameters(model: Any) -> set[int]:
     """Identities of the classifier's parameters, found through timm's `get_classifier`."""
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
     heads = classifier if isinstance(classifier, tuple | list) else (classifier,)
@@ -109,7 +109,8 @@ def param_groups(
     model = unwrap(model)
     scales = _layer_scales(model, layer_decay)
     head = head_parameters(model)
-    never = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    listed: Any = getattr(model, "no_weight_decay", set)
+    never = set(listed())
     decays = {"norm": norm_decay, "bias": bias_decay, "weight": True}
     groups: dict[tuple[str, float, float], dict[str, Any]] = {}
     for name, kind, parameter in _owned_parameters(model):
@@ -194,6 +195,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, updates
     """
     warmup = min(round(schedule.warmup_fraction * updates), updates - 1)
     after = updates - warmup
+    scheduler: Scheduler
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="poly" if schedule.name == "linear" else schedule.name,
@@ -205,7 +207,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, updates
         warmup_lr=schedule.warmup_lr,
         min_lr=schedule.min_lr,
         decay_epochs=max(schedule.decay_fraction * after, 1),
-        decay_milestones=[share * after for share in schedule.milestones],
+        decay_milestones=[round(share * after) for share in schedule.milestones],
         # timm reads the exponent of a polynomial from decay_rate; an exponent of one is a straight line
         decay_rate=1.0 if schedule.name == "linear" else 2.0 if schedule.name == "poly" else schedule.decay_rate,
     )

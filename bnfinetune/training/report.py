@@ -131,7 +131,7 @@ def draw_confusion(path: Path, metrics: Metrics, class_names: Sequence[str]) -> 
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
     side = min(3 + 0.28 * len(class_names), 14)
     figure, axis = plt.subplots(figsize=(side, side), layout="constrained")
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     if len(class_names) <= 40:
         # names come from data: `parse_math` off, so that a $ in one is only a character
         labels = [name[:24] for name in class_names]

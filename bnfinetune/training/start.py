@@ -72,6 +72,12 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     return result
 
 
+def leave_ranks() -> None:
+    """Close the process group of a program that is about to exit; a library must not, since others may use it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def start_trackers(accelerator: Accelerator, recipe: Recipe, folder: Path) -> None:
     """Open the trackers of `run.tracking`, which log into the run folder where they log to files."""
     if recipe.run.tracking is None:
