@@ -117,7 +117,8 @@ class Data(Section):
     image_column: str | None = Field(default=None, description="column of images; null: found by type")
     label_column: str | None = Field(default=None, description="column of labels; null: found by type or name")
     classes: Positive | tuple[str, ...] | None = Field(
-        default=None, description="number of classes, or their names in order, where the label column does not tell them"
+        default=None,
+        description="number of classes, or their names in order, where the label column does not tell them",
     )
     streaming: bool = Field(default=False, description="read the set as a stream; needs train.steps")
     shuffle_buffer: Positive = Field(default=2048, description="images held for shuffling a stream")
@@ -125,7 +126,8 @@ class Data(Section):
         default=None, description="side of the square input; null: the model's own"
     )
     workers: Annotated[int, Field(ge=0)] | None = Field(
-        default=None, description="loader processes per rank; null: 0 for the demo, else one per core of the rank, up to 4"
+        default=None,
+        description="loader processes per rank; null: 0 for the demo, else one per core of the rank, up to 4",
     )
     on_error: Literal["raise", "skip"] = Field(
         default="raise", description="what an unreadable image does: stop the run, or be left out and listed"
@@ -153,20 +155,28 @@ class BN(Section):
     exclude: str | tuple[str, ...] = Field(default=(), description="globs on layer names that are left alone")
     momentum: Fraction | None = Field(default=None, description="weight of the newest batch in the running statistics")
     ghost_size: Positive | None = Field(
-        default=None, description="train_stats=ghost: images that are normalised together"
+        default=None, description="train_stats=ghost: images that are normalised together; null: 32"
     )
     sync_group_size: Positive | None = Field(
-        default=None, description="train_stats=sync: ranks that share statistics; null: all"
+        default=None, description="train_stats=sync: consecutive ranks that share statistics; null: all"
     )
     stochastic_p: Fraction | None = Field(
-        default=None, description="train_stats=stochastic: probability that a channel uses batch statistics"
+        default=None, description="train_stats=stochastic: chance of a channel to use batch statistics; null: 0.5"
     )
     renorm_rmax: Annotated[float, Field(ge=1.0)] | None = Field(
-        default=None, description="train_stats=renorm: bound of the scale correction r"
+        default=None, description="train_stats=renorm: bound of the scale correction r; null: 3"
     )
-    renorm_dmax: Rate | None = Field(default=None, description="train_stats=renorm: bound of the shift correction d")
+    renorm_dmax: Rate | None = Field(
+        default=None, description="train_stats=renorm: bound of the shift correction d; null: 5"
+    )
+    renorm_warmup: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="train_stats=renorm: updates that it is plain BatchNorm for; null: 0"
+    )
+    renorm_ramp: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="train_stats=renorm: updates over which its bounds then grow; null: 0"
+    )
     mix_prior: Rate | None = Field(
-        default=None, description="eval_stats=mix: weight of the running statistics, in samples"
+        default=None, description="eval_stats=mix: images that the running statistics count for; null: 16"
     )
 
 
