@@ -56,7 +56,10 @@ def build_backbone(section: Model, class_names: Sequence[str]) -> nn.Module:
 def _create(section: Model, class_names: Sequence[str]) -> nn.Module:
     pretrained = section.pretrained and section.checkpoint is None
     if not pretrained:
-        return timm.create_model(section.name, pretrained=False, num_classes=len(class_names), **section.kwargs)
+        plain: nn.Module = timm.create_model(
+            section.name, pretrained=False, num_classes=len(class_names), **section.kwargs
+        )
+        return plain
     model: Any = timm.create_model(section.name, pretrained=True, **section.kwargs)
     labels = model.pretrained_cfg.get("label_names")
     known = isinstance(labels, list | tuple) and set(class_names) <= set(labels)
@@ -64,7 +67,7 @@ def _create(section: Model, class_names: Sequence[str]) -> nn.Module:
     return _fit_head(model, len(class_names), rows)
 
 
-def _fit_head(model: Any, num_classes: int, rows: list[int] | None) -> Any:
+def _fit_head(model: Any, num_classes: int, rows: list[int] | None) -> nn.Module:
     """Give the model a new classifier; a linear one starts from `rows` of the old one where these are given."""
     old = model.get_classifier()
     model.reset_classifier(num_classes)
@@ -73,7 +76,8 @@ def _fit_head(model: Any, num_classes: int, rows: list[int] | None) -> Any:
         with torch.no_grad():
             new.weight.copy_(old.weight[rows])
             new.bias.copy_(old.bias[rows])
-    return model
+    fitted: nn.Module = model
+    return fitted
 
 
 def _check_name(name: str) -> None:

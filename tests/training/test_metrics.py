@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sklearn.metrics import confusion_matrix, f1_score, top_k_accuracy_score
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from bnfinetune.training.metrics import Tally
 

@@ -44,7 +44,7 @@ def last_weights(folder):
     """The weights of the newest training state: where training ended, not where it was best."""
     from safetensors.torch import load_file
 
-    return load_file(str(sorted((folder / "checkpoints").iterdir())[-1] / "model.safetensors"))
+    return load_file(str(max((folder / "checkpoints").iterdir()) / "model.safetensors"))
 
 
 def assert_kept(recipe, start, end, name):
