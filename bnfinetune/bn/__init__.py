@@ -1,5 +1,6 @@
 """The BatchNorm core: one layer with independent switches, usable alone in anybody's training loop."""
 
+from bnfinetune.bn.convert import convert_sync_bn, revert_sync_bn
 from bnfinetune.bn.domains import domain, export_domain
 from bnfinetune.bn.layers import find_bn_layers, register_bn_class
 from bnfinetune.bn.policy import BNPolicy, apply_policy, auto_momentum, freeze_bn, restore_bn, unfreeze_bn
@@ -12,6 +13,7 @@ __all__ = [
     "StatSnapshot",
     "apply_policy",
     "auto_momentum",
+    "convert_sync_bn",
     "describe_bn",
     "domain",
     "export_domain",
@@ -22,5 +24,6 @@ __all__ = [
     "policy_state",
     "register_bn_class",
     "restore_bn",
+    "revert_sync_bn",
     "unfreeze_bn",
 ]

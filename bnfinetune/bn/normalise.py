@@ -46,7 +46,8 @@ class _NormaliseWith(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, mean, var, weight)
         ctx.eps = eps
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+        # torch.export keeps only these steps, and the fused kernel refuses statistics that require a gradient.
+        return F.batch_norm(x, mean.detach(), var.detach(), weight, bias, False, 0.0, eps)
 
     @staticmethod
     @once_differentiable

@@ -230,7 +230,7 @@ class SwitchedBN(nn.Module):
         if self.momentum is not None:
             weight = self.momentum
         else:
-            weight = (1 / (cast(Tensor, stats.batches) + 1)).to(stats.mean.dtype)
+            weight = 1 / (cast(Tensor, stats.batches) + 1).to(stats.mean.dtype)
         mean, var = mean.to(stats.mean.dtype), var.to(stats.var.dtype)
         self._bn_commit(stats, torch.lerp(stats.mean, mean, weight), torch.lerp(stats.var, var, weight))
 
@@ -363,6 +363,7 @@ def native_state(name: str, layer: Any, model_training: bool) -> LayerState:
     Raises:
         LayerError: the layer's class has a `forward` of its own and is not registered.
     """
+    require_known(layer, name)
     train_stats, updates, eval_stats = _native_switches(layer)
     lent = {"momentum": hasattr(layer, "momentum"), "num_batches_tracked": "num_batches_tracked" in layer._buffers}
     momentum = getattr(layer, "momentum", DEFAULT_MOMENTUM)
@@ -449,7 +450,10 @@ def let_go(layer: Any, model_training: bool) -> None:
     layer.momentum, layer.eps = original.momentum, original.eps
     set_trainable(layer, original.trainable)
     give_back(layer)
-    layer.training = model_training if original.apart is None else original.apart
+    if original.apart is None:
+        layer.training = model_training
+    else:
+        layer.train(original.apart)
 
 
 # Called before a policy changes layers, with the model and those layers: folding undoes itself here.
