@@ -34,9 +34,7 @@ class GroupChoice:
             PolicyError: the group was lost by pickling, or `size` does not divide the number of ranks.
         """
         if self.lost:
-            raise PolicyError(
-                "the process group of 'sync' was lost by pickling; apply_policy again with process_group="
-            )
+            raise PolicyError("sync lost its process group by pickling; apply_policy again with process_group=")
         if not (dist.is_available() and dist.is_initialized()):
             return None
         group = self.process_group

@@ -20,7 +20,8 @@ class _BatchMoments(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         dims = [0, *range(2, x.ndim)]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        if x.numel() == 0:
+        ctx.filled = x.numel() > 0
+        if not ctx.filled:
             mean = wide.new_zeros(x.shape[1])
             return mean, mean.clone()
         var, mean = torch.var_mean(wide, dims, correction=0)
@@ -30,7 +31,7 @@ class _BatchMoments(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> Tensor | None:
-        if not ctx.saved_tensors:
+        if not ctx.filled:
             return None
         x, mean = ctx.saved_tensors
         n = x.numel() // x.shape[1]

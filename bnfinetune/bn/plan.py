@@ -150,7 +150,7 @@ def carry_out(model: nn.Module, plans: Mapping[nn.Module, LayerPlan]) -> None:
     """
     refuse_under_ddp(model, (plan.state.name for layer, plan in plans.items() if plan.changes_parameters(layer)))
     for plan in plans.values():
-        if plan.state.train_stats == "sync":
+        if plan.state.train_stats == "sync" and plan.state.options.ranks.size is not None:
             plan.state.options.group()  # makes node-local groups now, while every rank is here
     for listener in change_listeners:
         listener(model, plans)

@@ -75,7 +75,7 @@ def load_policy_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     foreign = [name for name in saved if name not in layers]
     if foreign:
         raise SelectionError(
-            f"the policy state holds {foreign[0]!r}, which is no BN layer of this model; rebuild the model"
+            f"the policy state holds {foreign[0]!r}, no BN layer of this model; build the same model first"
         )
     carry_out(model, {layers[name]: _plan(name, layers[name], entry, mode) for name, entry in saved.items()})
     for name, layer in layers.items():
