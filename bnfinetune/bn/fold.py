@@ -61,8 +61,10 @@ def fold_bn(model: nn.Module, example_input: Example | None = None) -> nn.Module
     `y = conv(x, W s) + (b + (c - m) s)` with `s = g / sqrt(v + e)`, computed from W, c, g, b in each forward (once,
     where none of them trains). A BN layer is folded if it normalises with running statistics in training and in
     evaluation without updating them, and every input of it is the output of a conv that goes nowhere else;
-    `fold_report` says which were, and why others were not. Pairs are found by one observed forward: evaluation mode, no gradient, the
-    model's device and dtype; modes and random state are put back. Folding again starts afresh.
+    `fold_report` says which were, and why others were not.
+
+    Pairs are found by one observed forward: evaluation mode, no gradient, the model's device and dtype; modes and
+    random state are put back. Folding again starts afresh.
 
     Args:
         model: any module with BN layers, wrapped (DDP, `torch.compile`) or not.
@@ -122,6 +124,8 @@ def unfold_bn(model: nn.Module) -> nn.Module:
 def unfolded(model: nn.Module) -> Iterator[nn.Module]:
     """Within this context no BN layer is folded; afterwards those that were are again, without another forward.
 
+    A layer that has left the model meanwhile, or whose statistics are no longer frozen, stays unfolded.
+
     Args:
         model: any module with BN layers, folded or not.
 
@@ -133,8 +137,9 @@ def unfolded(model: nn.Module) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
+        present = set(model.modules())
         for layer, convs in pairs:
-            if not isinstance(layer, FoldedBN) and is_foldable(layer):
+            if layer in present and not isinstance(layer, FoldedBN) and is_foldable(layer):
                 fold_pair(layer, convs)
 
 

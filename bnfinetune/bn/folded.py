@@ -71,22 +71,23 @@ def channel_axis(conv: nn.Module) -> int:
     return 1 if isinstance(conv, _ConvTransposeNd) else 0
 
 
-def fold_parameters(conv: nn.Module, bn: nn.Module) -> tuple[Tensor, Tensor]:
+def fold_parameters(conv: nn.Module, bn: nn.Module, wide: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Weight and bias with which a conv alone computes what it and a BN layer of fixed statistics do.
 
     Args:
         conv: a convolution with `weight` (O, I, ...) or, where transposed, (I, O, ...).
         bn: a BN layer of O channels, normalising with the running statistics of its present domain.
+        wide: the dtype to compute in; by default that of W, or float32 for half precision.
 
     Returns:
         `W * s` in the shape of W, and `b + (c - m) * s` of shape (O,), both in the dtype of W and differentiable in
-        W, c, g and b. Half precision is folded in float32.
+        W, c, g and b.
     """
     stats = population_of(bn)
     if stats is None:
         raise LayerError(f"a folded {native_class(bn).__name__} has lost its running statistics; set them again")
     weight, own_bias = cast(Tensor, conv.weight), cast(Tensor | None, conv.bias)
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    wide = wide or torch.promote_types(weight.dtype, torch.float32)
     gain, shift = (None if tensor is None else tensor.to(wide) for tensor in affine_of(bn))
     mean = stats.mean.to(wide)
     # Both are new tensors, since DDP overwrites buffers at the next forward, which may come before this backward.

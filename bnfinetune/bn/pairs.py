@@ -56,11 +56,11 @@ def find_pairs(model: nn.Module, layers: Mapping[str, nn.Module], example_input:
         PolicyError: no example input and no `pretrained_cfg`, or the model's forward fails on it.
     """
     bare = unwrap(model)
-    args, kwargs = _arguments(bare, example_input)
+    args, kwargs = example_arguments(bare, example_input)
     names: dict[nn.Module, str] = {m: name for name, m in walk_modules(bare) if isinstance(m, CONVOLUTIONS)}
     flow = _Flow()
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(bare))
+        stack.enter_context(evaluating(bare))
         for conv in names:
             stack.callback(conv.register_forward_hook(flow.left_conv).remove)
         for layer in layers.values():
@@ -208,7 +208,7 @@ def _is_linear_in_parameters(conv: Any, args: tuple[Any, ...]) -> bool:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradient, no compiled code; modes and random state are put back."""
     modes = [(module, module.training) for module in model.modules()]
     tensors = [*model.parameters(), *model.buffers()]
@@ -224,7 +224,16 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
-def _arguments(model: nn.Module, example_input: Example | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_arguments(model: nn.Module, example_input: Example | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and named arguments for a model's forward, of its device and dtype.
+
+    Args:
+        model: a bare model.
+        example_input: as in `find_pairs`; None for zeros of timm's `pretrained_cfg["input_size"]`, one image.
+
+    Raises:
+        PolicyError: no example input and no `pretrained_cfg`.
+    """
     like = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), torch.zeros(()))
     if example_input is None:
         return (torch.zeros(1, *_input_size(model), device=like.device, dtype=like.dtype),), {}
