@@ -62,7 +62,12 @@ def _label_candidates(features: Mapping[str, Any]) -> list[str]:
     if len(typed) == 1:
         return typed
     named = [name for name in LABEL_NAMES if name in (typed or features)]
-    return named[:1] or typed
+    return named[:1] or typed or _lone_value(features)
+
+
+def _lone_value(features: Mapping[str, Any]) -> list[str]:
+    """The only other column, if it holds one plain value per image."""
+    return [name for name, feature in features.items() if isinstance(feature, datasets.Value) and len(features) == 1]
 
 
 @dataclass(frozen=True)

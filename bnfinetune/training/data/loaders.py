@@ -16,10 +16,11 @@ from bnfinetune.errors import DataError
 from bnfinetune.recipe import Data
 from bnfinetune.training.data.hints import first_line
 from bnfinetune.training.data.reading import Batch, Failure, ImageReader
-from bnfinetune.training.data.sampling import EvalSampler, StreamSampler, TrainSampler
+from bnfinetune.training.data.sampling import EvalSampler, TrainSampler
 from bnfinetune.training.data.seeding import derive_seed
 from bnfinetune.training.data.sources import DEMOS
 from bnfinetune.training.data.splits import ImageSplits
+from bnfinetune.training.data.streams import StreamSampler
 from bnfinetune.training.data.transforms import Transforms
 
 MAX_WORKERS: Final = 4
@@ -195,9 +196,9 @@ def build_loaders(
 
     statistics_seed = derive_seed(seed, _STATISTICS)
     if isinstance(splits.train, IterableDataset):
-        order, clean_order = (seed, data.shuffle_buffer), (statistics_seed, data.shuffle_buffer)
-        train: Any = StreamSampler(splits.train, batch_size, shuffle=order, endless=True, **ranks)
-        clean: Any = StreamSampler(splits.train, eval_batch_size, shuffle=clean_order, **ranks)
+        buffer: dict[str, Any] = {"buffer_size": data.shuffle_buffer}
+        train: Any = StreamSampler(splits.train, batch_size, seed=seed, endless=True, **buffer, **ranks)
+        clean: Any = StreamSampler(splits.train, eval_batch_size, seed=statistics_seed, **buffer, **ranks)
     else:
         train = TrainSampler(len(splits.train), batch_size, seed=seed, **ranks)
         clean = TrainSampler(len(splits.train), eval_batch_size, seed=statistics_seed, even=True, **ranks)

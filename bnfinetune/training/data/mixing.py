@@ -39,10 +39,10 @@ class SeededMixup:
         state = np.random.get_state()
         np.random.seed(derive_seed(self.seed, _MIXING, epoch, batch, self.rank) & 0xFFFFFFFF)
         try:
-            share = self.mixup._mix_batch(images)  # type: ignore[no-untyped-call]
+            share = self.mixup._mix_batch(images)
         finally:
             np.random.set_state(state)
-        targets: Tensor = mixup_target(labels, self.mixup.num_classes, share, self.mixup.label_smoothing)  # type: ignore[no-untyped-call]
+        targets: Tensor = mixup_target(labels, self.mixup.num_classes, share, self.mixup.label_smoothing)
         return images, targets
 
 
@@ -60,7 +60,7 @@ def build_mixup(
     """
     if augment.mixup == 0 and augment.cutmix == 0:
         return None
-    mixup = Mixup(  # type: ignore[no-untyped-call]
+    mixup = Mixup(
         mixup_alpha=augment.mixup,
         cutmix_alpha=augment.cutmix,
         prob=augment.mix_prob,

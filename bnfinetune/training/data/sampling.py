@@ -8,11 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from datasets.distributed import split_dataset_by_node
 from torch.utils.data import Sampler
 
 from bnfinetune.errors import DataError
-from bnfinetune.training.data.hints import first_line
 from bnfinetune.training.data.seeding import derive_seed
 
 _ORDER = 4  # stream of random draws
@@ -108,89 +106,6 @@ class EvalSampler(Sampler[list[Pick]]):
     def __iter__(self) -> Iterator[list[Pick]]:
         for begin in range(0, len(self.numbers), self.batch_size):
             yield [Pick(0, number) for number in self.numbers[begin : begin + self.batch_size]]
-
-
-class StreamSampler(Sampler[list[Pick]]):
-    """Batches of rows read from a stream in the main process, and decoded wherever they are sent.
-
-    Reading in one place makes the order independent of the number of workers, and a resume exact: rows before the
-    position are read and thrown away, undecoded. A stream whose shards divide evenly among the ranks is read in
-    disjoint parts; of any other, each rank reads all and keeps its share.
-
-    Args:
-        stream: A `datasets.IterableDataset` with undecoded images.
-        batch_size: Images per batch and rank.
-        rank: Number of this process.
-        world_size: Number of processes.
-        shuffle: Seed and buffer size, or None to keep the order.
-        endless: Begin again at the end, in another order. Ranks then never run out at different times; there is one
-            epoch only, whose batches are numbered on.
-    """
-
-    def __init__(
-        self,
-        stream: Any,
-        batch_size: int,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        shuffle: tuple[int, int] | None = None,
-        endless: bool = False,
-    ) -> None:
-        if world_size > 1 and stream.num_shards % world_size == 0:
-            stream = stream.shard(world_size, rank)  # before shuffling: the length of a pass stays the same
-        elif world_size > 1:
-            stream = split_dataset_by_node(stream, rank, world_size)
-        if shuffle is not None:
-            seed, buffer_size = shuffle
-            stream = stream.shuffle(seed=derive_seed(seed, _ORDER), buffer_size=buffer_size)
-        self.stream, self.batch_size, self.rank, self.world_size = stream, batch_size, rank, world_size
-        self.endless = endless
-        self.start = 0
-
-    def set_position(self, epoch: int, batch: int = 0) -> None:
-        """Let the next iteration begin at a batch; the only epoch is 0."""
-        if epoch != 0:
-            raise ValueError("a stream has one endless epoch: number its batches on")
-        self.start = batch
-
-    def drop_remainder(self, min_size: int) -> int:
-        """Images left out of each epoch: none, since an endless stream has no short batch."""
-        return 0
-
-    def __iter__(self) -> Iterator[list[Pick]]:
-        batch: list[Pick] = []
-        for pick in self._picks(self.start * self.batch_size):
-            batch.append(pick)
-            if len(batch) == self.batch_size:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
-
-    def _picks(self, skip: int) -> Iterator[Pick]:
-        """Rows of this rank from number `skip` on, over all passes."""
-        turn, length = 0, 0
-        while turn == 0 or self.endless:
-            if length:  # known after the first pass: whole passes need not be read to be skipped
-                turn, skip = turn + skip // length, skip % length
-            length = 0
-            self.stream.set_epoch(turn)
-            for row in self._rows():
-                length += 1
-                if skip:
-                    skip -= 1
-                else:
-                    yield Pick(turn, (length - 1) * self.world_size + self.rank, row)
-            if length == 0:
-                raise DataError("the stream has no image for every process: start fewer processes")
-            turn += 1
-
-    def _rows(self) -> Iterator[Mapping[str, Any]]:
-        try:
-            yield from self.stream
-        except (OSError, ValueError, RuntimeError) as error:
-            raise DataError(f"the stream cannot be read on: {first_line(error)}") from error
 
 
 def _cut(length: int, size: int, least: int | None) -> list[tuple[int, int]]:

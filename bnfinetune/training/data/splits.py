@@ -29,6 +29,7 @@ from bnfinetune.training.data.readable import unreadable_images
 from bnfinetune.training.data.sources import DEMOS, open_source
 from bnfinetune.training.data.stratify import Indices, hold_out, subset
 
+_STREAM_SHARDS = 64  # of a set that could be counted but is read as a stream
 _FINGERPRINT_IMAGES = 64  # per split, evenly spaced
 
 
@@ -120,7 +121,7 @@ def load_splits(data: Data, seed: int) -> ImageSplits:
     parts["train"] = _subset(parts["train"], data, seed)
     final = {role: part.split for role, part in parts.items()}
     if data.streaming:
-        final["train"] = final["train"].to_iterable_dataset()
+        final["train"] = final["train"].to_iterable_dataset(num_shards=min(_STREAM_SHARDS, len(final["train"])))
     return ImageSplits(
         final["train"], final["val"], final.get("test"), classes, image, label, data.source, names, tuple(skipped)
     )

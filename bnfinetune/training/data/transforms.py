@@ -104,7 +104,7 @@ def build_transforms(data: Data, data_config: Mapping[str, Any]) -> Transforms:
     }
     crop = {"crop_pct": data_config["crop_pct"], "crop_mode": data_config.get("crop_mode")}
     probability = data.augment.random_erasing
-    erase = RandomErasing(probability, mode="pixel", device="cpu") if probability else None  # type: ignore[no-untyped-call]
+    erase = RandomErasing(probability, mode="pixel", device="cpu") if probability else None
     return Transforms(
         train=Transform(_augmentation(data, shared), channels, mean, std, erase),
         eval=Transform(_geometry(create_transform(**shared, **crop)), channels, mean, std),

@@ -1,0 +1,192 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from bnfinetune.errors import DataError
+from bnfinetune.training.data.images import open_image, to_rgb
+from tests.training.data.conftest import picture, png
+
+RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def saved(image: Image.Image, kind: str, **options) -> dict:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def read(raw: dict, max_pixels: int = 10_000) -> Image.Image:
+    return open_image(raw, "in row 3 of split 'train'", max_pixels)
+
+
+def grey(values: np.ndarray) -> np.ndarray:
+    return np.repeat(values[..., None], 3, axis=2)
+
+
+def test_plain_rgb_is_left_as_it_is():
+    image = picture(1)
+    assert np.array_equal(pixels(to_rgb(image)), np.asarray(image))
+
+
+def test_grey_and_bilevel_fill_all_channels():
+    assert np.array_equal(pixels(to_rgb(Image.fromarray(RAMP))), grey(RAMP))
+    bits = Image.fromarray(RAMP > 99)
+    assert bits.mode == "1"
+    assert np.array_equal(pixels(to_rgb(bits)), grey(np.where(RAMP > 99, 255, 0).astype(np.uint8)))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_16_bit_greys_are_scaled_not_clipped(mode):
+    wide = (np.arange(256) * 257).reshape(16, 16)
+    image = Image.fromarray(wide.astype({"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]))
+    assert image.mode == mode
+    assert np.array_equal(pixels(to_rgb(image)), grey(RAMP))
+
+
+def test_16_bit_png_file_is_scaled():
+    wide = Image.fromarray((RAMP.astype(np.uint16)) * 257)
+    assert np.array_equal(pixels(read(saved(wide, "PNG"))), grey(RAMP))
+
+
+@pytest.mark.parametrize("scale", [1 / 255, 1.0, 257.0])
+def test_float_greys_of_any_range(scale):
+    image = Image.fromarray((RAMP * scale).astype(np.float32))
+    assert image.mode == "F"
+    assert np.array_equal(pixels(to_rgb(image)), grey(RAMP))
+
+
+def test_float_greys_that_are_not_finite():
+    values = RAMP.astype(np.float32)
+    values[0, :3] = [np.nan, np.inf, -np.inf]
+    assert pixels(to_rgb(Image.fromarray(values)))[0, 2].tolist() == [0, 0, 0]
+
+
+def test_palette_gives_its_colours():
+    image = Image.fromarray(RAMP).convert("P")
+    image.putpalette([value for index in range(256) for value in (index, 255 - index, 7)])
+    expected = np.stack([RAMP, 255 - RAMP, np.full_like(RAMP, 7)], axis=2)
+    assert np.array_equal(pixels(to_rgb(image)), expected)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_transparent_palette_entry_is_white(kind):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([255, 0, 0, 0, 255, 0])
+    image.putpixel((2, 1), 0)
+    result = pixels(read(saved(image, kind, transparency=0)))
+    assert result[1, 2].tolist() == [255, 255, 255]
+    assert result[0, 0].tolist() == [0, 255, 0]
+
+
+def test_alpha_is_laid_on_white():
+    image = Image.new("RGBA", (3, 1))
+    image.putdata([(200, 10, 20, 255), (200, 10, 20, 0), (100, 0, 50, 51)])
+    blend = [round(255 * 0.8 + value * 0.2) for value in (100, 0, 50)]
+    assert pixels(to_rgb(image))[0].tolist() == [[200, 10, 20], [255, 255, 255], blend]
+    assert np.array_equal(pixels(to_rgb(image.convert("RGBa")))[0, :2], pixels(to_rgb(image))[0, :2])
+
+
+def test_grey_with_alpha_is_laid_on_white():
+    image = Image.new("LA", (2, 1))
+    image.putdata([(90, 255), (90, 0)])
+    assert pixels(to_rgb(image))[0, :, 0].tolist() == [90, 255]
+
+
+def test_cmyk_becomes_rgb():
+    image = Image.new("CMYK", (2, 1))
+    image.putdata([(0, 0, 0, 0), (255, 0, 0, 0)])
+    assert pixels(to_rgb(image))[0].tolist() == [[255, 255, 255], [0, 255, 255]]
+    from_jpeg = pixels(read(saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")))
+    assert np.abs(from_jpeg.astype(int) - [255, 0, 0]).max() < 6
+
+
+@pytest.mark.parametrize("mode", ["HSV", "YCbCr", "RGBX"])
+def test_other_colour_spaces_round_trip(mode):
+    flat = Image.new("RGB", (4, 4), (200, 100, 50))
+    assert np.abs(pixels(to_rgb(flat.convert(mode))).astype(int) - [200, 100, 50]).max() <= 3
+
+
+def test_lab_becomes_rgb():
+    flat = Image.new("RGB", (4, 4), (200, 100, 50))
+    lab = ImageCms.profileToProfile(
+        flat, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+    )
+    assert np.abs(pixels(to_rgb(lab)).astype(int) - [200, 100, 50]).max() <= 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_turns_images_upright(orientation):
+    image = picture(2)
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that makes the stored image of an upright one
+    stored = image if orientation == 1 else image.transpose(Image.Transpose(undo[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(pixels(read(saved(stored, "PNG", exif=exif))), np.asarray(image))
+
+
+def test_broken_exif_block_is_passed_over():
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(buffer, "JPEG", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff\x12")
+    assert pixels(read({"bytes": buffer.getvalue(), "path": None})).shape == (8, 8, 3)
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    raw = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert pixels(read(raw))[0, 0].tolist() == [255, 0, 0]
+
+
+def test_path_and_bytes_give_the_same(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(4))
+    by_path = read({"bytes": None, "path": str(tmp_path / "a.png")})
+    assert np.array_equal(pixels(by_path), pixels(read({"bytes": png(4), "path": "ignored.png"})))
+
+
+def huge_png() -> bytes:
+    """A few bytes that unpack to 50,000 x 50,000 pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"bytes": b"", "path": None}, "not an image of a known format"),
+        ({"bytes": b"GIF89a but no", "path": None}, "cannot read the image in row 3 of split 'train'"),
+        ({"bytes": png(1)[:120], "path": None}, "cannot read the image in row 3"),
+        ({"bytes": png(1)[:-200] + bytes(200), "path": None}, "cannot read the image in row 3"),
+        ({"bytes": POSTSCRIPT, "path": None}, "not an image of a known format"),
+        ({"bytes": huge_png(), "path": None}, "cannot read the image in row 3"),
+        ({"bytes": None, "path": "/no/such.png"}, "the file is gone"),
+        ({"bytes": None, "path": None}, "holds no image"),
+        (None, "holds no image"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(raw, message):
+    with pytest.raises(DataError, match=message) as caught:
+        read(raw)
+    assert "\n" not in str(caught.value)
+
+
+def test_image_above_the_pixel_limit_is_refused_with_the_key():
+    assert read(saved(picture(1, (14, 12)), "PNG"), max_pixels=168).size == (14, 12)
+    with pytest.raises(DataError, match=r"14 x 12 pixels, more than data.max_pixels=167"):
+        read(saved(picture(1, (14, 12)), "PNG"), max_pixels=167)
