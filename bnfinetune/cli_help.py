@@ -52,6 +52,13 @@ def print_verb(name: str, verb: Verb) -> None:
         console.print(Text("\nThe keys of a recipe are listed by bnfinetune --help."))
 
 
+class _Console(Console):
+    """A console that leaves a reader's early departure to `cli.main`; rich would end the program here."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def _section_table(section: RecipeSection) -> Table:
     table = _table(f"{section.path or 'recipe'}: {section.help}")
     for name, width in (("key", 18), ("values", 24), ("default", 14), ("", None)):
@@ -68,5 +75,6 @@ def _table(title: str) -> Table:
 
 def _console() -> Console:
     """The terminal at a legible width; a pipe or file gets plain text of a fixed width."""
-    console = Console(highlight=False)
-    return Console(highlight=False, width=min(console.width, _WIDTH) if console.is_terminal else _WIDTH)
+    console = _Console(highlight=False)
+    console.width = min(console.width, _WIDTH) if console.is_terminal else _WIDTH
+    return console

@@ -1,0 +1,81 @@
+"""The public names: complete, lazy, and never shadowed by a module."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bnfinetune
+
+SOURCE = ast.parse(Path(bnfinetune.__file__).read_text(encoding="utf-8"))
+
+
+def run_python(code: str) -> str:
+    """What a fresh interpreter prints."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("name", bnfinetune.__all__)
+def test_every_name_is_the_documented_object_of_its_home(name):
+    value = getattr(bnfinetune, name)
+    home = importlib.import_module(bnfinetune._HOMES[name])
+    assert value is getattr(home, name)
+    assert value.__module__ == home.__name__
+    assert inspect.getdoc(value)
+
+
+def test_names_are_a_literal_sorted_list_with_one_home_each():
+    [listed] = [node.value for node in SOURCE.body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"]
+    assert ast.literal_eval(listed) == bnfinetune.__all__ == sorted(set(bnfinetune.__all__))
+    assert list(bnfinetune._HOMES) == bnfinetune.__all__
+
+
+def test_a_type_checker_sees_the_same_names_in_the_same_homes():
+    [block] = [node for node in SOURCE.body if isinstance(node, ast.If)]
+    seen = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    assert seen == bnfinetune._HOMES
+
+
+def test_importing_costs_no_torch_and_sets_nothing():
+    code = (
+        "import os, random, sys; before = dict(os.environ), random.getstate();"
+        "import bnfinetune; assert 'finetune' in dir(bnfinetune);"
+        "assert before == (dict(os.environ), random.getstate());"
+        "print(sorted({'torch', 'timm', 'pydantic', 'omegaconf'} & set(sys.modules)))"
+    )
+    assert run_python(code).strip() == "[]"
+
+
+def test_star_import_and_dir_give_every_name():
+    names: dict = {}
+    exec("from bnfinetune import *", names)
+    assert set(bnfinetune.__all__) == set(names) - {"__builtins__"}
+    assert set(bnfinetune.__all__) <= set(dir(bnfinetune))
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'bnfinetune' has no attribute 'freeze'"):
+        _ = bnfinetune.freeze
+    with pytest.raises(ImportError, match="cannot import name 'freeze'"):
+        from bnfinetune import freeze  # noqa: F401
+
+
+def test_no_module_bears_the_name_of_a_public_function():
+    modules = {module.name for module in pkgutil.iter_modules(bnfinetune.__path__)}
+    assert not modules & set(bnfinetune.__all__)
+
+
+def test_leaves_import_neither_torch_nor_what_stands_above_them():
+    leaves = ["recipe", "recipe_keys", "recipe_text", "recipe_files", "errors", "cli", "cli_help"]
+    code = (
+        f"import sys, importlib; [importlib.import_module('bnfinetune.' + name) for name in {leaves}];"
+        "print([name for name in sys.modules if name.startswith(('torch', 'timm', 'accelerate', 'datasets', 'numpy', "
+        "'bnfinetune.bn', 'bnfinetune.training', 'bnfinetune.diagnose', 'bnfinetune.demo'))])"
+    )
+    assert run_python(code).strip() == "[]"
