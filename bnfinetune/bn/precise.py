@@ -11,11 +11,10 @@ A pass is a transaction: buffers are written in place, in one step, after all el
 from __future__ import annotations
 
 import math
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -106,9 +105,12 @@ def precise_bn(
         StatisticsError: no data, nothing to update, values that are not finite, or a fault on another rank.
     """
     net = unwrap(model)
-    limits = Limits(num_batches, num_samples, tolerance)
-    _check_estimate(variance, momentum, tolerance)
-    plan = together(lambda: _plan(net, layers, exclude, include_frozen, momentum), process_group)
+
+    def plan_pass() -> tuple[Limits, _Plan]:
+        _check_estimate(variance, momentum, tolerance)
+        return Limits(num_batches, num_samples, tolerance), _plan(net, layers, exclude, include_frozen, momentum)
+
+    limits, plan = together(plan_pass, process_group)
     device = device_of(net)
 
     def call(batch: Any) -> object:
@@ -152,8 +154,7 @@ def update_bn_stats(
         StatisticsError: values that are not finite, or a fault on another rank.
     """
     net = unwrap(model)
-    limits = Limits(num_batches=num_iters)
-    plan = together(lambda: _Plan(_layers_in_training(net)))
+    limits, plan = together(lambda: (Limits(num_batches=num_iters), _Plan(_layers_in_training(net))))
     if not plan.updated:
         warnings.warn(
             "update_bn_stats found no BN layer in training mode whose statistics are updated, and changes nothing; "
@@ -201,9 +202,7 @@ def _transaction(model: nn.Module) -> Iterator[None]:
         (module, key, b, b.clone()) for module in model.modules() for key, b in module._buffers.items() if b is not None
     ]
     try:
-        with ExitStack() as stack:
-            if "torch._dynamo" in sys.modules:  # compiled code, if any, would not notice the recorders
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+        with torch.compiler.set_stance("force_eager"):  # compiled code would not notice the recorders
             yield
     except BaseException:
         for module, key, buffer, value in buffers:

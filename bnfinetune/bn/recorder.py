@@ -18,6 +18,7 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from bnfinetune.bn.layers import require_known
 from bnfinetune.bn.switches import RunningStats, SwitchedBN
@@ -118,8 +119,8 @@ class LayerRecorder:
         if n == 1:
             # One value has variance 0 and normalises to 0; the fused kernel refuses it.
             mean.copy_(x.reshape(-1))
-            var.zero_()
-            y = F.batch_norm(x, mean, var, self._weight, self._bias, False, 0.0, self._eps)
+            zero = var.zero_()
+            y = F.batch_norm(torch.zeros_like(x), zero, zero, self._weight, self._bias, False, 0.0, self._eps)
         else:
             y = F.batch_norm(x, mean, var, self._weight, self._bias, True, 1.0, self._eps)
         self._counts.append(n)
@@ -151,6 +152,7 @@ class LayerRecorder:
         key = (x.device, torch.promote_types(x.dtype, torch.float32))
         if key != self._key:
             self._empty_block()
+            self._check_shape(x)
             self._key = key
             channels = x.shape[1]
             self._block = torch.zeros(2, BLOCK, channels, device=key[0], dtype=key[1])
@@ -161,6 +163,11 @@ class LayerRecorder:
         elif len(self._counts) == BLOCK:
             self._empty_block()
         return len(self._counts)
+
+    def _check_shape(self, x: Tensor) -> None:
+        check = getattr(self.layer, "_check_input_dim", None)
+        if check is not None and getattr(check, "__func__", None) is not _NormBase._check_input_dim:
+            check(x)
 
     def _empty_block(self) -> None:
         if not self._counts:
