@@ -217,7 +217,12 @@ def default_workers(data: Data, world_size: int) -> int:
     if data.source in DEMOS:
         return 0
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return min(MAX_WORKERS, len(os.sched_getaffinity(0)) // ranks)
+    return min(MAX_WORKERS, _cores() // ranks)
+
+
+def _cores() -> int:
+    """Cores that this process may use, as far as the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _as_it_is(batch: Batch | Failure) -> Batch | Failure:

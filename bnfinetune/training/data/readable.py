@@ -12,8 +12,9 @@ from bnfinetune.errors import DataError
 from bnfinetune.training.data.folders import printable
 from bnfinetune.training.data.images import check_header, open_image
 
-_DECODED_BYTES: Final = 32 * 2**20  # a split of fewer bytes is decoded as a whole, in a few seconds
-_HEADERS: Final = 10_000  # images of a larger split whose first bytes are read, evenly spaced
+_SMALL_BYTES: Final = 32 * 2**20  # a split of fewer bytes and images is decoded as a whole, in a few seconds
+_SMALL_IMAGES: Final = 10_000
+_HEADERS: Final = 2_000  # images of a larger split whose first bytes are read, evenly spaced
 
 
 def unreadable_images(split: Any, column: str, where: str, max_pixels: int) -> dict[int, str]:
@@ -25,10 +26,12 @@ def unreadable_images(split: Any, column: str, where: str, max_pixels: int) -> d
         where: What a message calls the split.
         max_pixels: Largest width times height.
     """
-    check = open_image if _is_small(split, column) else check_header
-    rows = np.unique(np.linspace(0, len(split) - 1, min(len(split), _HEADERS)).astype(np.int64))
+    small = _is_small(split, column)
+    check = open_image if small else check_header
+    count = len(split) if small else min(len(split), _HEADERS)
+    rows = np.linspace(0, len(split) - 1, count).round().astype(np.int64)
     broken = {}
-    for row, raw in _raw_images(split, column, rows if check is check_header else np.arange(len(split))):
+    for row, raw in _raw_images(split, column, rows):
         try:
             check(raw, image_name(raw, row, where), max_pixels)
         except DataError as error:
@@ -57,12 +60,14 @@ def _raw_images(split: Any, column: str, rows: Any, size: int = 256) -> Iterator
 
 
 def _is_small(split: Any, column: str) -> bool:
-    """Whether the encoded images are small together; the first ones too large end the count."""
+    """Whether the encoded images are few and small together; the first that are too many bytes end the count."""
+    if len(split) > _SMALL_IMAGES:
+        return False
     total = 0
     for _, raw in _raw_images(split, column, np.arange(len(split))):
         if raw is not None:
             total += len(raw["bytes"]) if raw.get("bytes") is not None else _file_size(raw.get("path"))
-        if total > _DECODED_BYTES:
+        if total > _SMALL_BYTES:
             return False
     return True
 

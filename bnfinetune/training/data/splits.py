@@ -69,7 +69,7 @@ class ImageSplits:
         """A hash of what the splits hold, alike on every machine and wherever the files lie.
 
         It covers class names, the labels in their order, the names of image files, and the contents of 64 images of
-        each split. Of a stream, it covers class names and features.
+        each split. Of a stream, it covers the source as the recipe says it, class names and features.
         """
         digest = blake2b(digest_size=16)
         digest.update(repr((self.class_names, sorted(self.names.items()))).encode())

@@ -4,6 +4,8 @@ import zlib
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from bnfinetune.errors import DataError
@@ -190,3 +192,29 @@ def test_image_above_the_pixel_limit_is_refused_with_the_key():
     assert read(saved(picture(1, (14, 12)), "PNG"), max_pixels=168).size == (14, 12)
     with pytest.raises(DataError, match=r"14 x 12 pixels, more than data.max_pixels=167"):
         read(saved(picture(1, (14, 12)), "PNG"), max_pixels=167)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "TGA", "ICO", "PCX"]),
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=6),
+    st.floats(0, 1.2),
+)
+def test_damaged_files_give_an_image_or_one_line(kind, changes, share):
+    content = bytearray(saved(picture(3, (16, 16)), kind)["bytes"])
+    for place, value in changes:
+        content[int(place * (len(content) - 1))] = value
+    result = outcome({"bytes": bytes(content[: int(share * len(content))]), "path": None})
+    if isinstance(result, str):
+        assert "\n" not in result
+    else:
+        assert result.mode == "RGB"
+        assert result.width * result.height <= 10_000
+
+
+def outcome(raw: dict) -> Image.Image | str:
+    """The image, or why there is none."""
+    try:
+        return read(raw)
+    except DataError as error:
+        return str(error)

@@ -252,7 +252,7 @@ def test_killed_worker_is_one_line(folder):
 
 
 def test_default_workers_follow_the_cores_of_a_rank(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr("bnfinetune.training.data.loaders._cores", lambda: 16)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert default_workers(Data(source="x"), 1) == 4
     assert default_workers(Data(source="x"), 8) == 2

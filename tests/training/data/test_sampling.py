@@ -1,7 +1,7 @@
 from itertools import chain
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bnfinetune.errors import DataError
@@ -37,6 +37,7 @@ def test_global_batches_are_the_same_for_any_number_of_ranks(length):
             assert many == alone
 
 
+@settings(deadline=None)
 @given(st.integers(4, 300), st.integers(1, 9), st.integers(1, 4), st.booleans())
 def test_ranks_have_equally_many_batches_that_differ_by_one_image(length, batch_size, world_size, even):
     ranks = epoch(length, batch_size, world_size, even=even)
@@ -50,6 +51,7 @@ def test_ranks_have_equally_many_batches_that_differ_by_one_image(length, batch_
     assert len(set(images)) == len(images)
 
 
+@settings(deadline=None)
 @given(st.integers(4, 300), st.integers(2, 9), st.integers(1, 4))
 def test_even_batches_are_within_one_image_per_rank(length, batch_size, world_size):
     sizes = [len(batch) for batch in joined(epoch(length, batch_size, world_size, even=True))]

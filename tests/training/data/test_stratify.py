@@ -1,5 +1,5 @@
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bnfinetune.training.data.stratify import hold_out, subset
@@ -12,6 +12,7 @@ def labels_of(sizes: list[int], seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(labels)
 
 
+@settings(deadline=None)
 @given(CLASS_SIZES, st.floats(0.01, 0.99), st.integers(0, 2**32 - 1))
 def test_hold_out_divides_every_class_by_its_share(sizes, fraction, seed):
     labels = labels_of(sizes, seed)
@@ -25,6 +26,7 @@ def test_hold_out_divides_every_class_by_its_share(sizes, fraction, seed):
         assert len(held) == round(fraction * len(labels))
 
 
+@settings(deadline=None)
 @given(CLASS_SIZES, st.data(), st.integers(0, 2**32 - 1))
 def test_subset_has_the_size_and_every_class(sizes, data, seed):
     labels = labels_of(sizes, seed)
