@@ -91,9 +91,9 @@ class _PooledMoments(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         channels = mean.numel()
         local = torch.cat([mean.double(), var.double(), mean.new_tensor([count], dtype=torch.float64)])
-        ranks = local.new_empty(dist.get_world_size(group), local.numel())
+        ranks = local.new_empty(dist.get_world_size(group) * local.numel())
         dist.all_gather_into_tensor(ranks, local, group=group)
-        means, variances, counts = torch.split(ranks, [channels, channels, 1], dim=1)
+        means, variances, counts = torch.split(ranks.view(-1, local.numel()), [channels, channels, 1], dim=1)
         total = counts.sum()
         share = counts / total
         pooled_mean = (share * means).sum(0)

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from bnfinetune.bn.groups import GroupChoice
-from bnfinetune.bn.layers import as_globs
+from bnfinetune.bn.layers import as_globs, unwrap
 from bnfinetune.bn.switches import (
     LayerState,
     Options,
     Trainable,
     change_listeners,
+    let_go,
     native_state,
+    own_parameters,
     set_trainable,
     state_of,
     take_over,
@@ -168,3 +170,18 @@ def refuse_under_ddp(model: nn.Module, changed: Iterable[str]) -> None:
             f"BN layer {name!r} would change requires_grad below a DistributedDataParallel wrapper, after which ranks "
             f"diverge; change the bare model (model.module) and wrap it again with the same optimizer"
         )
+
+
+def undo(layers: Iterable[nn.Module], model: nn.Module) -> None:
+    """Takes every policy off some layers of a model, or refuses before anything is touched.
+
+    Raises:
+        PolicyError: a change of Parameters below a DDP wrapper.
+    """
+    held = {layer: state for layer in layers if (state := state_of(layer)) is not None}
+    changed = (s.name for layer, s in held.items() if s.original.trainable != trainable(layer) or own_parameters(layer))
+    refuse_under_ddp(model, changed)
+    for listener in change_listeners:
+        listener(model, held)
+    for layer in held:
+        let_go(layer, unwrap(model).training)

@@ -11,8 +11,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from bnfinetune.bn.layers import Globs, as_globs, find_bn_layers, select_layers, unwrap
-from bnfinetune.bn.plan import LayerPlan, carry_out, refuse_under_ddp
-from bnfinetune.bn.switches import change_listeners, let_go, own_parameters, state_of, trainable
+from bnfinetune.bn.plan import LayerPlan, carry_out, undo
 from bnfinetune.errors import PolicyError
 
 TrainStats = Literal["batch", "running", "sync", "ghost", "renorm", "stochastic"]
@@ -185,13 +184,7 @@ def restore_bn(model: nn.Module) -> nn.Module:
         SelectionError: the model has no BN layer.
         PolicyError: a change of `requires_grad` below a DDP wrapper.
     """
-    held = {layer: state for layer in find_bn_layers(model).values() if (state := state_of(layer)) is not None}
-    changed = (s.name for layer, s in held.items() if s.original.trainable != trainable(layer) or own_parameters(layer))
-    refuse_under_ddp(model, changed)
-    for listener in change_listeners:
-        listener(model, held)
-    for layer in held:
-        let_go(layer, unwrap(model).training)
+    undo(find_bn_layers(model).values(), model)
     return model
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from bnfinetune.bn.groups import GroupChoice
 from bnfinetune.bn.layers import find_bn_layers, unwrap
-from bnfinetune.bn.plan import LayerPlan, carry_out
-from bnfinetune.bn.switches import LayerState, Options, extra_tensors, let_go, state_of, trainable
+from bnfinetune.bn.plan import LayerPlan, carry_out, undo
+from bnfinetune.bn.switches import LayerState, Options, extra_tensors, state_of, trainable
 from bnfinetune.errors import PolicyError, SelectionError
 
 _VERSION = 1
@@ -78,14 +78,11 @@ def load_policy_state(model: nn.Module, state: Mapping[str, Any]) -> None:
             f"the policy state holds {foreign[0]!r}, no BN layer of this model; build the same model first"
         )
     carry_out(model, {layers[name]: _plan(name, layers[name], entry, mode) for name, entry in saved.items()})
-    for name, layer in layers.items():
-        if name not in saved:
-            if state_of(layer) is not None:
-                let_go(layer, mode)
-            continue
-        with torch.no_grad():
-            for key, tensor in extra_tensors(layer).items():
-                tensor.copy_(saved[name]["tensors"][key])
+    undo({layer for name, layer in layers.items() if name not in saved}, model)
+    with torch.no_grad():
+        for name, entry in saved.items():
+            for key, tensor in extra_tensors(layers[name]).items():
+                tensor.copy_(entry["tensors"][key])
 
 
 def _plan(name: str, layer: nn.Module, entry: Mapping[str, Any], mode: bool) -> LayerPlan:

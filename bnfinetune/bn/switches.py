@@ -395,27 +395,25 @@ def take_over(layer: Any, state: LayerState) -> None:
 
 def _fit_extra_tensors(layer: Any, options: Options) -> None:
     """Adds what the options need beyond the layer's own tensors, and drops what they no longer need."""
-    scheduled = layer._bn_state.train_stats == "renorm" and (options.renorm_warmup or options.renorm_ramp)
-    if scheduled and RENORM_AGE not in layer._buffers:
-        _add_buffer(layer, RENORM_AGE, torch.zeros((), dtype=torch.long))
-    elif not scheduled and RENORM_AGE in layer._buffers:
-        delattr(layer, RENORM_AGE)
-    for domain in options.domains:
-        for name in _STATS:
-            key = domain_key(domain, name)
-            if key not in layer._buffers:
-                value = layer._buffers[name]
-                layer.register_buffer(key, None if value is None else value.clone(), persistent=False)
-        for name in _AFFINE if options.domain_affine == "own" else ():
-            key, shared = domain_key(domain, name), getattr(layer, name)
-            if shared is not None and key not in layer._parameters:
-                own = Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
-                layer.register_parameter(key, own)
+    domains, own_affine = options.domains, options.domain_affine == "own"
+    needed = {domain_key(domain, name): name for domain in domains for name in _STATS}
+    needed |= {domain_key(domain, name): name for domain in domains if own_affine for name in _AFFINE}
+    if layer._bn_state.train_stats == "renorm" and (options.renorm_warmup or options.renorm_ramp):
+        needed[RENORM_AGE] = ""
+    for key in [key for key in (*layer._buffers, *layer._parameters) if key.startswith(_EXTRA) and key not in needed]:
+        delattr(layer, key)
+    for key in [key for key in needed if key not in layer._buffers and key not in layer._parameters]:
+        source = getattr(layer, needed[key]) if needed[key] else torch.zeros((), dtype=torch.long)
+        if needed[key] not in _AFFINE:
+            _add_buffer(layer, key, source)
+        elif source is not None:
+            own = Parameter(source.detach().clone(), requires_grad=source.requires_grad)
+            layer.register_parameter(key, own)
 
 
-def _add_buffer(layer: nn.Module, name: str, value: Tensor) -> None:
-    device = cast(Tensor, layer._buffers["running_mean"]).device
-    layer.register_buffer(name, value.to(device), persistent=False)
+def _add_buffer(layer: Any, name: str, value: Tensor | None) -> None:
+    copy = None if value is None else value.detach().clone().to(layer.running_mean.device)
+    layer.register_buffer(name, copy, persistent=False)
 
 
 def extra_tensors(layer: nn.Module) -> dict[str, Tensor]:
