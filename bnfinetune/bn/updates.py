@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfinetune.bn.layers import find_bn_layers, require_known, unwrap
-from bnfinetune.bn.switches import SwitchedBN, give_back, native_state, state_of, take_over
+from bnfinetune.bn.switches import SwitchedBN, give_back, native_state, state_of, switches_of, take_over
 from bnfinetune.errors import StatisticsError
 
 
@@ -32,6 +32,7 @@ def no_stat_updates(model: nn.Module) -> Iterator[nn.Module]:
     layers = find_bn_layers(model)
     for name, layer in layers.items():
         require_known(layer, name)
+    layers = {name: layer for name, layer in layers.items() if isinstance(layer, SwitchedBN) or _updates(layer)}
     for name, layer in layers.items():
         if not isinstance(layer, SwitchedBN):
             take_over(layer, replace(native_state(name, layer, unwrap(model).training), passing=True))
@@ -41,6 +42,10 @@ def no_stat_updates(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer in layers.values():
             _release(layer)
+
+
+def _updates(layer: nn.Module) -> bool:
+    return switches_of(layer).update_stats != "none"
 
 
 def _release(layer: nn.Module) -> None:
