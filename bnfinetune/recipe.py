@@ -153,7 +153,10 @@ class BN(Section):
     )
     layers: str | tuple[str, ...] = Field(default="*", description="globs on layer names that the switches apply to")
     exclude: str | tuple[str, ...] = Field(default=(), description="globs on layer names that are left alone")
-    momentum: Fraction | None = Field(default=None, description="weight of the newest batch in the running statistics")
+    momentum: Fraction | Literal["auto"] | None = Field(
+        default=None,
+        description="weight of the newest batch in the running statistics; auto: min(0.1, 10 / batches per epoch)",
+    )
     ghost_size: Positive | None = Field(
         default=None, description="train_stats=ghost: images that are normalised together; null: 32"
     )
@@ -178,6 +181,36 @@ class BN(Section):
     mix_prior: Rate | None = Field(
         default=None, description="eval_stats=mix: images that the running statistics count for; null: 16"
     )
+    freeze_after: Rate | None = Field(
+        default=None,
+        description="re-estimate the layers' statistics, then freeze these and the affine: after this share of all "
+        "updates (below 1) or this many epochs",
+    )
+    unfreeze_after: Rate | None = Field(
+        default=None,
+        description="let the layers go back to what they were before they froze: after this share of all updates "
+        "(below 1) or this many epochs",
+    )
+
+
+class Recalibrate(Section):
+    """Population statistics computed anew from data with the weights as they are (precise-BN, AdaBN)."""
+
+    at: tuple[Literal["start", "eval", "end"], ...] = Field(
+        default=(), description="before training, before every evaluation, after the last update"
+    )
+    data: Literal["train", "target"] = Field(
+        default="train",
+        description="train: training images; target: images of the test split (else validation), labels unused",
+    )
+    preprocessing: Literal["eval", "train"] = Field(
+        default="eval", description="how these images are prepared; train: with augmentation"
+    )
+    samples: Positive | None = Field(default=None, description="images over all processes, at most; null: all")
+    tolerance: Between | None = Field(
+        default=None, description="stop once every channel's standard error is below this"
+    )
+    variance: Literal["pooled", "mean"] = Field(default="pooled", description="which variance is estimated")
 
 
 class Schedule(Section):
@@ -222,7 +255,9 @@ class Train(Section):
     """The training loop."""
 
     epochs: Positive = Field(default=15, description="passes over the training split")
-    steps: Positive | None = Field(default=None, description="optimizer updates, instead of epochs; needed for streams")
+    steps: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="optimizer updates, instead of epochs; needed for streams; 0 trains nothing"
+    )
     batch_size: Positive = Field(default=8, description="images per process and forward")
     grad_accum: Positive = Field(default=1, description="forwards per optimizer update")
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_yaml_no)] = Field(
@@ -282,6 +317,7 @@ class Recipe(Section):
     bn: Annotated[
         Annotated[BN, Tag(BN_FORMS[0])] | Annotated[tuple[BN, ...], Tag(BN_FORMS[1])], Discriminator(_bn_form)
     ] = Field(default_factory=BN)
+    recalibrate: Recalibrate = Field(default_factory=Recalibrate)
     optim: Optim = Field(default_factory=Optim)
     train: Train = Field(default_factory=Train)
     evaluate: Evaluate = Field(default_factory=Evaluate)

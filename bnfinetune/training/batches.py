@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from bnfinetune.bn.layers import find_bn_layers
+from bnfinetune.bn.precise import evaluation_mode
 from bnfinetune.bn.switches import switches_of
 from bnfinetune.errors import DataError, SelectionError
-from bnfinetune.training.evaluate import evaluation_mode, input_format
+from bnfinetune.training.evaluate import input_format
 
 
 def smallest_normalisation(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[str, int] | None:

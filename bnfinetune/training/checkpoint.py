@@ -17,6 +17,7 @@ from torch import nn
 from bnfinetune.bn.saving import load_policy_state, policy_state
 from bnfinetune.errors import CheckpointError
 from bnfinetune.training.folder import complete_folder, write_folder, write_text
+from bnfinetune.training.provenance import write_provenance
 
 WEIGHTS = "model.safetensors"
 RECIPE = "recipe.yaml"
@@ -24,11 +25,16 @@ _TRAINER = "trainer.pt"
 
 
 def save_export(
-    folder: Path, model: nn.Module, class_names: Sequence[str], data_config: Mapping[str, Any], recipe_text: str
+    folder: Path,
+    model: nn.Module,
+    class_names: Sequence[str],
+    data_config: Mapping[str, Any],
+    recipe_text: str,
+    statistics: dict[str, Any],
 ) -> None:
     """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads with nothing but timm.
 
-    It holds the weights, the preprocessing, the class names, and the recipe that made it.
+    It holds weights, preprocessing, class names, the recipe that made it, and where its statistics come from.
     """
 
     def fill(target: Path) -> None:
@@ -36,6 +42,7 @@ def save_export(
         labels = {"label_names": list(class_names)}
         save_config_for_hf(model, str(target / "config.json"), model_config=labels, data_config=dict(data_config))
         write_text(target / RECIPE, recipe_text)
+        write_provenance(target, model, statistics)
 
     write_folder(folder, fill)
 

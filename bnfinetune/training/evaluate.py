@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from bnfinetune.bn.precise import evaluation_mode
 from bnfinetune.errors import CheckpointError, DataError
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import load_recipe
@@ -20,19 +20,8 @@ from bnfinetune.training.checkpoint import RECIPE
 from bnfinetune.training.data.splits import load_splits
 from bnfinetune.training.feed import recipe_loaders
 from bnfinetune.training.metrics import Metrics, Tally
+from bnfinetune.training.provenance import check_provenance
 from bnfinetune.training.start import start_accelerator
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put `model` in evaluation mode and give every module its own mode back, whatever happens."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def measure(model: nn.Module, loader: Any, num_classes: int, accelerator: Accelerator) -> Metrics:
@@ -107,6 +96,7 @@ def load_exported(folder: Path) -> Any:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except Exception as error:  # timm, torch, safetensors and json raise each their own
         raise CheckpointError(f"checkpoint: {folder} cannot be loaded ({error})") from error
+    check_provenance(folder, model)
     return model.eval()
 
 

@@ -22,6 +22,7 @@ from bnfinetune.training.evaluate import measure
 from bnfinetune.training.folder import append_line, complete_folder, write_text
 from bnfinetune.training.loop import Trainer
 from bnfinetune.training.metrics import Metrics
+from bnfinetune.training.recalibrate import recalibrate
 from bnfinetune.training.report import environment, metrics_table, write_report
 from bnfinetune.training.resume import RunFolder, create_run
 from bnfinetune.training.start import on_main, start_trackers
@@ -38,6 +39,7 @@ class Keeper:
     recipe_text: str
     class_names: tuple[str, ...]
     data_config: dict[str, Any]
+    statistics: dict[str, Any]  # where the running statistics come from
     say: Callable[..., None]
     history: list[dict[str, Any]] = field(default_factory=list)  # one record per evaluation
     before: dict[str, Metrics] = field(default_factory=dict)
@@ -65,18 +67,25 @@ class Keeper:
             self.before = self.measure_all()
         for name, metrics in self.before.items():
             self.say(f"before  {name} top-1 {metrics.top1:.1%}, loss {metrics.loss:.3f} ({metrics.images} images)")
+        if self.run.state is None:
+            self._recalibrate("start")
         return self.before
 
     def pause(self, *, evaluate: bool) -> None:
         """What happens between updates: evaluate if it is time, and save."""
         if evaluate:
+            self._recalibrate("eval")
             self._record(self._measure("validation"))
         self._save_state()
 
     def finish(self) -> dict[str, Metrics]:
         """Load the best network into the trainer's model, measure it, and write what the run has to show."""
+        if self.trainer.progress.best is None:  # no update was made, and so no pause
+            self.pause(evaluate=True)
         self.accelerator.wait_for_everyone()
         self.trainer.evaluated.load_state_dict(load_weights(complete_folder(self.folder / "best")))
+        if self._recalibrate("end"):
+            self._export("best")
         after = self.measure_all()
         if self.accelerator.is_main_process:
             write_report(self.folder, self.trainer, self.before, after, self.history, self.class_names)
@@ -87,6 +96,11 @@ class Keeper:
             tracker.finish()
         return after
 
+    def _export(self, name: str) -> None:
+        if self.accelerator.is_main_process:
+            model, path = self.trainer.evaluated, self.folder / name
+            save_export(path, model, self.class_names, self.data_config, self.recipe_text, self.statistics)
+
     def measure_all(self) -> dict[str, Metrics]:
         """Metrics by split, after the ranks' statistics have been merged."""
         return {name: self._measure(name) for name in self.splits}
@@ -94,6 +108,22 @@ class Keeper:
     def _measure(self, split: str) -> Metrics:
         self.trainer.merge_statistics()
         return measure(self.trainer.evaluated, self.splits[split], self.trainer.num_classes, self.accelerator)
+
+    def _recalibrate(self, moment: str) -> bool:
+        """Recompute the statistics of every network if the recipe asks for it at this moment."""
+        section = self.trainer.recipe.recalibrate
+        if moment not in section.at:
+            return False
+        for name, model in self.trainer.networks().items():
+            report = recalibrate(model, self.trainer.loaders, section, self.accelerator)
+            if moment != "eval":
+                worst = max(change.mean_shift_rms for change in report.layers.values())
+                self.say(
+                    f"recalibrated {len(report.layers)} BN layers of the {name} on {report.samples} {section.data} "
+                    f"images; means moved by up to {worst:.2f} standard deviations (rms of a layer)"
+                )
+        self.statistics.update(computed="precise-BN", images=report.samples, data=section.data, at=moment)
+        return True
 
     def _record(self, metrics: Metrics) -> None:
         """Write one evaluation down, and export the network if it is the best so far."""
@@ -109,9 +139,8 @@ class Keeper:
         if self.accelerator.is_main_process:
             append_line(self.folder / "metrics.jsonl", record)
             self.say(_line(record, better))
-            if better:
-                model, path = self.trainer.evaluated, self.folder / "best"
-                save_export(path, model, self.class_names, self.data_config, self.recipe_text)
+        if better:
+            self._export("best")
 
     def _save_state(self) -> None:
         """Save everything that going on needs; each rank contributes its random state."""

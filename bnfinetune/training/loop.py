@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -21,12 +22,15 @@ from tqdm import tqdm
 
 from bnfinetune.bn.layers import is_bn_layer
 from bnfinetune.bn.ranks import merge_running_stats
+from bnfinetune.bn.updates import StatSnapshot
 from bnfinetune.errors import TrainingError
 from bnfinetune.recipe import Recipe
 from bnfinetune.training.data.loaders import Loaders
 from bnfinetune.training.data.mixing import build_mixup
 from bnfinetune.training.evaluate import input_format
 from bnfinetune.training.optim import build_optimizer, build_schedule
+from bnfinetune.training.phases import Phase, planned_phases
+from bnfinetune.training.recalibrate import recalibrate
 
 Batch = tuple[Tensor, Tensor]
 
@@ -86,10 +90,10 @@ class Trainer:
         self.model.to(self.accelerator.device)
         self.has_bn = any(is_bn_layer(module) for module in self.model.modules())
         self.updates = total_updates(self.recipe, self.loaders.train.batches)
-        self.optimizer = build_optimizer(self.model, self.recipe.optim)
-        self.schedule = build_schedule(self.optimizer, self.recipe.optim.schedule, self.updates)
-        self.schedule.step_update(0)
-        self.stepper = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
+        self.phases = planned_phases(self.recipe, self.updates, self.updates_per_epoch)
+        self.optimizer = self._build_optimizer()
+        # a step that the gradient scaler skips has moved the statistics already
+        self.snapshot = StatSnapshot(self.model) if self.has_bn and self.accelerator.scaler is not None else None
         self.ema = None if train.ema is None else ModelEmaV3(self.model, decay=train.ema, use_warmup=True)
         self.mixup = build_mixup(
             self.recipe.data.augment,
@@ -102,10 +106,46 @@ class Trainer:
         self.loss_of = (
             SoftTargetCrossEntropy() if self.mixup else nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
         )
-        self.forward = self.wrap()
+        self.forward = self._wrap()
 
-    def wrap(self) -> nn.Module:
-        """The network as it is called in training; called again whenever what trains has changed."""
+    @property
+    def updates_per_epoch(self) -> int | None:
+        """Optimizer updates per epoch; None for a stream."""
+        batches = self.loaders.train.batches
+        return None if batches is None else math.ceil(batches / self.recipe.train.grad_accum)
+
+    def _build_optimizer(self, state: Mapping[Tensor, Any] | None = None) -> torch.optim.Optimizer:
+        """A new optimizer and schedule over what trains now, with the given state of parameters that still do."""
+        optimizer = build_optimizer(self.model, self.recipe.optim)
+        members = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        for parameter, values in (state or {}).items():
+            if parameter in members:
+                optimizer.state[parameter] = values
+        self.schedule = build_schedule(optimizer, self.recipe.optim.schedule, max(self.updates, 1))
+        self.schedule.step_update(self.progress.update)
+        self.stepper = self.accelerator.prepare_optimizer(optimizer, device_placement=False)
+        return optimizer
+
+    def enter(self, phase: Phase) -> None:
+        """Freeze or unfreeze BN layers; the optimizer and the ranks' wrapper follow what trains now.
+
+        Statistics that freeze are re-estimated first, since the running averages lag behind the weights (Wu & Johnson
+        2021, section 3).
+        """
+        if phase.freeze:
+            self.merge_statistics()
+            section, chosen = self.recipe.recalibrate, phase.section
+            recalibrate(
+                self.model, self.loaders, section, self.accelerator, layers=chosen.layers, exclude=chosen.exclude
+            )
+        phase.apply(self.model)
+        self.optimizer = self._build_optimizer(self.optimizer.state)
+        del self.forward  # DDP's hooks go with it, before a new one sets its own
+        gc.collect()
+        self.forward = self._wrap()
+
+    def _wrap(self) -> nn.Module:
+        """The network as it is called in training, over the parameters that train now."""
         forward: nn.Module = self.model
         if self.accelerator.num_processes > 1:
             # Accelerate's prepare_model would patch `forward` on the instance for autocast, which deep copies and
@@ -142,10 +182,11 @@ class Trainer:
             disable=None if self.accelerator.is_main_process else True,  # None: quiet where output is no terminal
         )
         with bar:
-            while not self._is_over():
+            while not self.is_over:
                 self._epoch(bar, pause)
 
-    def _is_over(self) -> bool:
+    @property
+    def is_over(self) -> bool:
         return self.progress.update >= self.updates or self.progress.stopped
 
     def _epoch(self, bar: Any, pause: Pause) -> None:
@@ -156,14 +197,17 @@ class Trainer:
             self._update(group)
             if ends_epoch:
                 self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
+            for phase in self.phases:
+                if phase.update == self.progress.update:
+                    self.enter(phase)
             bar.update()
             if not bar.disable:
                 bar.set_postfix_str(self._status(), refresh=False)
             evaluate = self.is_evaluation(ends_epoch)
             if evaluate or self._is_save():
                 pause(evaluate=evaluate)
-                self.forward.train()
-            if self._is_over():
+            self.forward.train()
+            if self.is_over:
                 return
 
     def _groups(self) -> Iterator[tuple[list[Batch], bool]]:
@@ -188,6 +232,8 @@ class Trainer:
         """One optimizer update from the micro-batches of `group`, each weighted by its number of images."""
         begin = time.perf_counter()
         accelerator = self.accelerator
+        if self.snapshot is not None:
+            self.snapshot.take()
         total = sum(len(labels) for _, labels in group)
         loss_sum = torch.zeros((), device=accelerator.device)
         for number, (images, labels) in enumerate(group):
@@ -201,6 +247,8 @@ class Trainer:
             accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip_grad)
         self.stepper.step()
         self.stepper.zero_grad()
+        if self.snapshot is not None and self.stepper.step_was_skipped:
+            self.snapshot.rollback()
         progress = self.progress
         progress.update += 1
         progress.batch += len(group)
@@ -264,6 +312,8 @@ class Trainer:
         """Go back to what `state` returned."""
         self.progress = Progress(**state["progress"])
         self.losses = state["losses"]
+        self.optimizer = self._build_optimizer()  # phases already entered have changed what trains
+        self.forward = self._wrap()
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])

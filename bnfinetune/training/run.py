@@ -12,10 +12,9 @@ from rich.console import Console
 from torch import nn
 
 from bnfinetune.bn.layers import find_bn_layers
-from bnfinetune.bn.policy import BNPolicy, apply_policy
 from bnfinetune.bn.switches import switches_of
 from bnfinetune.errors import SelectionError
-from bnfinetune.recipe import BN, Recipe
+from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import dump_recipe, load_recipe
 from bnfinetune.training.backbone import build_backbone, input_config, restrict_training
 from bnfinetune.training.batches import smallest_batch
@@ -25,6 +24,7 @@ from bnfinetune.training.keeper import Keeper
 from bnfinetune.training.loop import Trainer
 from bnfinetune.training.metrics import Metrics
 from bnfinetune.training.optim import describe_groups
+from bnfinetune.training.phases import apply_recipe_policies
 from bnfinetune.training.resume import choose_run
 from bnfinetune.training.start import seed_ranks, start_accelerator
 
@@ -67,29 +67,19 @@ def train(recipe: Recipe) -> RunResult:
     seed_ranks(recipe.run, same_on_all=True)
     model = build_backbone(recipe.model, splits.class_names)
     restrict_training(model, recipe.model.trainable)
-    apply_recipe_policies(model, recipe.bn)
     data_config = input_config(model, recipe.data.image_size)
     loaders = recipe_loaders(recipe, splits, data_config, accelerator)
+    apply_recipe_policies(model, recipe, loaders.train.batches)
     dropped = loaders.train.drop_remainder(smallest_batch(model, data_config["input_size"], recipe.train.batch_size))
     trainer = Trainer(recipe, accelerator, model, loaders, len(splits.class_names))
 
     seed_ranks(recipe.run, same_on_all=False)
-    keeper = Keeper(trainer, folder, dump_recipe(recipe), splits.class_names, data_config, say)
+    source = {"computed": "as stored and trained", "source": recipe.data.source, "fingerprint": splits.fingerprint()}
+    keeper = Keeper(trainer, folder, dump_recipe(recipe), splits.class_names, data_config, source, say)
     before = keeper.begin(headline(trainer, splits, dropped))
     trainer.fit(keeper.pause)
     after = keeper.finish()
     return RunResult(folder.path, recipe, before, after, model, keeper.history)
-
-
-def apply_recipe_policies(model: nn.Module, sections: BN | tuple[BN, ...]) -> None:
-    """Apply the policies of a recipe's `bn` section; one that sets no switch leaves the network as it is."""
-    policies = [
-        BNPolicy(**settings)
-        for section in (sections if isinstance(sections, tuple) else (sections,))
-        if (settings := section.model_dump(exclude_defaults=True)).keys() - {"layers", "exclude"}
-    ]
-    if policies:
-        apply_policy(model, policies)
 
 
 def headline(trainer: Trainer, splits: ImageSplits, dropped: int) -> list[str]:
@@ -108,6 +98,7 @@ def headline(trainer: Trainer, splits: ImageSplits, dropped: int) -> list[str]:
             else []
         ),
         f"BN     {summarise_bn(trainer.model)}",
+        *(f"       after update {phase.update}: {phase}" for phase in trainer.phases),
         *(f"group  {line}" for line in describe_groups(trainer.optimizer.param_groups)),
     ]
 

@@ -50,6 +50,11 @@ class ImageLoader(DataLoader[Any]):
         )
         self.skipped: dict[str, None] = {}
 
+    @property
+    def images(self) -> int | None:
+        """Images of one pass over all ranks; None for a stream."""
+        return getattr(self.batch_sampler, "length", None)
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield what `emit` makes of each batch that has an image.
 
