@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from bnfinetune.bn.collectives import ProcessGroup, together
 from bnfinetune.bn.estimators import VARIANCES, estimator_of
 from bnfinetune.bn.feed import Forward, device_of, model_input, to_device
+from bnfinetune.bn.fold import unfolded
 from bnfinetune.bn.layers import Globs, bn_tail, find_bn_layers, select_layers, unwrap
 from bnfinetune.bn.outcome import NewStatistics, changes, doubts, new_statistics, write
 from bnfinetune.bn.passes import LayerStatistics, Limits, Pass
@@ -119,8 +120,8 @@ def precise_bn(
         return net(to_device(model_input(batch), device))
 
     start = time.perf_counter()
-    with _transaction(net):
-        require_same_layers(plan.updated, process_group)
+    with _transaction(net), unfolded(net):
+        require_same_layers(_channels(plan), process_group)
         with evaluation_mode(net), _stored_statistics(net, plan.updated), _recorded(plan, variance) as statistics:
             run = Pass(call, data, statistics, limits, progress=progress, group=process_group)
             run.run()
@@ -163,7 +164,7 @@ def update_bn_stats(
         )
         return
     with _transaction(net):
-        require_same_layers(plan.updated)
+        require_same_layers(_channels(plan))
         with _recorded(plan, "pooled") as statistics:
             run = Pass(net, data_loader, statistics, limits, progress=progress == "tqdm", drop_padding=False)
             run.run()
@@ -253,6 +254,10 @@ def _plan(net: nn.Module, layers: Globs, exclude: Globs, include_frozen: bool, m
             f"nothing to update: of {len(selected)} selected BN layers " + " and ".join(filter(None, [reason, lacking]))
         )
     return _Plan(updated, frozen, untracked, momentum)
+
+
+def _channels(plan: _Plan) -> dict[str, int]:
+    return {name: len(stats.mean) for name, layer in plan.updated.items() if (stats := population_of(layer))}
 
 
 def _is_frozen(layer: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bnfinetune.bn.collectives import ProcessGroup, gather_in_rank_order, is_distributed, together
 from bnfinetune.bn.layers import find_bn_layers
 from bnfinetune.bn.moments import Moments
+from bnfinetune.bn.switches import RunningStats
 from bnfinetune.errors import StatisticsError
 
 
@@ -30,7 +31,8 @@ def merge_running_stats(model: nn.Module, count: float, process_group: ProcessGr
     `num_batches_tracked` becomes the largest of the ranks'. A collective: all ranks must call it.
 
     Args:
-        model: the model, wrapped (DDP, `torch.compile`) or not; every BN layer with running statistics takes part.
+        model: the model, wrapped (DDP, `torch.compile`) or not; every BN layer with running statistics takes part,
+            with those of its domains.
         count: how many images this rank's statistics stand for; may be 0, as long as some rank's is not.
         process_group: the ranks to merge; the default group if None.
 
@@ -40,60 +42,69 @@ def merge_running_stats(model: nn.Module, count: float, process_group: ProcessGr
     """
     if not is_distributed(process_group):
         return
-    tracked = {name: layer for name, layer in find_bn_layers(model).items() if layer.running_mean is not None}
-    together(lambda: _check(tracked, count), process_group)
-    require_same_layers(tracked, process_group)
-    merged = _merge(list(tracked.values()), count, process_group)
+    layers = find_bn_layers(model)
+    kept = {name: stats for name, layer in layers.items() if (stats := list(_populations(layer)))}
+    together(lambda: _check(kept, count), process_group)
+    require_same_layers({name: [len(s.mean) for s in stats] for name, stats in kept.items()}, process_group)
+    merged = _merge([s for stats in kept.values() for s in stats], count, process_group)
     # One call that Python signals cannot interrupt half-way: all buffers change, or none.
     torch._foreach_copy_([old for old, _ in merged], [new for _, new in merged])
 
 
-def require_same_layers(layers: dict[str, nn.Module], group: ProcessGroup = None) -> None:
+def require_same_layers(channels: Mapping[str, object], group: ProcessGroup = None) -> None:
     """Makes sure that all ranks hold the same BN layers, before their statistics are laid side by side.
 
     Args:
-        layers: BN layers by qualified name.
+        channels: the number of channels by the layer's qualified name, or anything else that must agree.
         group: the process group; the default group if None.
 
     Raises:
         StatisticsError: on all ranks, if names or channels differ on some.
     """
-    text = ";".join(f"{name}:{layer.running_mean.shape}" for name, layer in layers.items())
-    digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+    digest = torch.frombuffer(bytearray(hashlib.sha256(repr(dict(channels)).encode()).digest()), dtype=torch.uint8)
     rows = gather_in_rank_order(digest, group)
     if (rows != rows[0]).any():
         rank = int((rows != rows[0]).any(1).int().argmax())
         raise StatisticsError(
-            f"rank {rank} has other BN layers than rank 0 ({len(layers)} on this rank); "
+            f"rank {rank} has other BN layers than rank 0 ({len(channels)} on this rank); "
             "give every rank the same model and the same selection"
         )
 
 
-def _check(layers: dict[str, nn.Module], count: float) -> None:
+def _populations(layer: nn.Module) -> Iterator[RunningStats]:
+    """The layer's own running statistics, and those of each domain."""
+    buffers = layer._buffers
+    for key in buffers:
+        if key.endswith("running_mean"):
+            prefix = key.removesuffix("running_mean")
+            mean, var = buffers[key], buffers[f"{prefix}running_var"]
+            if mean is not None and var is not None:
+                yield RunningStats(mean, var, buffers.get(f"{prefix}num_batches_tracked"))
+
+
+def _check(populations: Mapping[str, Sequence[RunningStats]], count: float) -> None:
     if not (count >= 0 and math.isfinite(count)):
         raise StatisticsError(f"count={count} images; pass how many images this rank's running statistics stand for")
-    for name, layer in layers.items() if count else ():
-        for key in ("running_mean", "running_var"):
-            if not getattr(layer, key).isfinite().all():
+    for name, stats in populations.items() if count else ():
+        for key in ("mean", "var"):
+            if not all(getattr(s, key).isfinite().all() for s in stats):
                 raise StatisticsError(
-                    f"BN layer {name!r} has a {key} that is not finite; roll back to statistics from before the "
-                    "overflow, or recompute them with precise_bn"
+                    f"BN layer {name!r} has a running_{key} that is not finite; roll back to statistics from before "
+                    "the overflow, or recompute them with precise_bn"
                 )
 
 
-def _merge(layers: Sequence[nn.Module], count: float, group: ProcessGroup) -> list[tuple[Tensor, Tensor]]:
+def _merge(populations: Sequence[RunningStats], count: float, group: ProcessGroup) -> list[tuple[Tensor, Tensor]]:
     """Pairs of each buffer and its merged value."""
-    buffers = [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var)]
-    counters = [c for layer in layers if (c := getattr(layer, "num_batches_tracked", None)) is not None]
-    flat = [torch.tensor([float(count)]), *counters, *buffers]
+    counters = [counter for stats in populations if (counter := stats[2]) is not None]
+    flat = [torch.tensor([float(count)]), *counters, *(buffer for stats in populations for buffer in stats[:2])]
     rows = gather_in_rank_order(torch.cat([t.detach().cpu().double().reshape(-1) for t in flat]), group)
     weights, *parts = torch.split(rows, [t.numel() for t in flat], dim=1)
     if not weights.sum():
         raise StatisticsError("no rank has seen an image (count=0 everywhere); merge after the first training batch")
     pairs = [(old, new.max()) for old, new in zip(counters, parts, strict=False)]
-    stats = parts[len(counters) :]
-    for i, layer in enumerate(layers):
-        means, variances = stats[2 * i], stats[2 * i + 1]
+    buffers = parts[len(counters) :]
+    for stats, means, variances in zip(populations, buffers[::2], buffers[1::2], strict=True):
         pooled = Moments.pool(weights[:, 0], means, variances * weights)
-        pairs += [(layer.running_mean, pooled.mean), (layer.running_var, pooled.var)]
+        pairs += [(stats.mean, pooled.mean), (stats.var, pooled.var)]
     return [(old, new.to(old.device, old.dtype).reshape(old.shape)) for old, new in pairs]

@@ -14,7 +14,8 @@ import torchvision
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from bnfinetune.bn import BNPolicy, apply_policy, find_bn_layers, freeze_bn
+from bnfinetune.bn import BNPolicy, apply_policy, domain, find_bn_layers, freeze_bn
+from bnfinetune.bn.fold import fold_bn, fold_report
 from bnfinetune.bn.precise import precise_bn
 from bnfinetune.errors import SelectionError, ShortDataError, StatisticsError
 from tests.bn.models import BACKBONES, backbone, differing, images, tensors_of, toy
@@ -188,6 +189,29 @@ def test_layers_frozen_by_a_policy_are_updated_only_on_request(norm):
     precise_bn(model, batches, include_frozen=True)
     precise_bn(plain, batches)
     assert not differing(statistics_of(model), statistics_of(plain))
+
+
+def test_folded_layers_are_unfolded_for_the_pass_and_folded_again():
+    model, plain = freeze_bn(toy(BatchNormAct2d)).eval(), toy(BatchNormAct2d).eval()
+    fold_bn(model, images())
+    folded = fold_report(model).folded
+    assert folded
+    precise_bn(model, batches_of(), include_frozen=True)
+    precise_bn(plain, batches_of())
+    assert fold_report(model).folded == folded
+    assert not differing(statistics_of(model), statistics_of(plain))
+    torch.testing.assert_close(model(images()), plain(images()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_domain_gets_statistics_of_its_own():
+    model, plain = toy(), toy()
+    before = statistics_of(model)
+    with domain(model, "target"):
+        precise_bn(model, batches_of())
+        inside = model.eval()(images())
+    precise_bn(plain, batches_of())
+    assert not differing(statistics_of(model), before)
+    assert torch.equal(inside, plain.eval()(images()))
 
 
 def test_partly_frozen_models_update_the_rest_and_say_so():

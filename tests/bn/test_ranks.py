@@ -8,6 +8,7 @@ import timm
 import torch
 from torch import nn
 
+from bnfinetune.bn import domain
 from bnfinetune.bn.moments import Moments, all_reduce_moments
 from bnfinetune.bn.ranks import merge_running_stats
 from bnfinetune.errors import StatisticsError
@@ -60,6 +61,21 @@ def test_merged_statistics_obey_the_law_of_total_variance(name, tmp_path):
         else:
             expected = old.max(0)
         np.testing.assert_allclose(after, expected, rtol=1e-6, atol=1e-7, err_msg=key)
+
+
+def domains_of_rank(rank: int) -> dict:
+    model = nn.Sequential(nn.BatchNorm2d(2))
+    with domain(model, "target"), torch.no_grad():
+        model(torch.full((1, 2, 2, 2), 10.0 * rank) + torch.arange(4.0).view(2, 2))
+    merge_running_stats(model, 1)
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def test_the_statistics_of_domains_are_merged_too(tmp_path):
+    first, second = run_ranks(2, domains_of_rank, tmp_path)
+    (key,) = [name for name in first if name.endswith("target_running_mean")]
+    torch.testing.assert_close(first[key], torch.full((2,), 0.1 * (1.5 + 5)))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def faults_of_rank(rank: int) -> list[str]:
