@@ -178,10 +178,11 @@ def undo(layers: Iterable[nn.Module], model: nn.Module) -> None:
     Raises:
         PolicyError: a change of Parameters below a DDP wrapper.
     """
+    layers = list(layers)
     held = {layer: state for layer in layers if (state := state_of(layer)) is not None}
     changed = (s.name for layer, s in held.items() if s.original.trainable != trainable(layer) or own_parameters(layer))
     refuse_under_ddp(model, changed)
     for listener in change_listeners:
-        listener(model, held)
+        listener(model, layers)
     for layer in held:
         let_go(layer, unwrap(model).training)
