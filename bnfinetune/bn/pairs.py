@@ -68,7 +68,7 @@ def find_pairs(model: nn.Module, layers: Mapping[str, nn.Module], example_input:
             stack.callback(layer.register_forward_hook(flow.left_bn).remove)
         stack.enter_context(flow)
         try:
-            bare(*args, **kwargs)
+            returned = bare(*args, **kwargs)
         except Exception as error:
             shown = "the example input" if example_input is not None else "zeros of pretrained_cfg['input_size']"
             raise PolicyError(
@@ -76,6 +76,7 @@ def find_pairs(model: nn.Module, layers: Mapping[str, nn.Module], example_input:
                 f"pass an example_input that it takes"
             ) from error
     flow.note_survivors()
+    del returned
     pairs = Pairs()
     for name, layer in layers.items():
         obstacle = flow.obstacle(layer, names)
