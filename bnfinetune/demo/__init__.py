@@ -11,9 +11,9 @@ from bnfinetune.demo.backbone import bnf_resnet
 
 if TYPE_CHECKING:
     from bnfinetune.demo.characters import load_characters
-    from bnfinetune.demo.digits import load_digits
+    from bnfinetune.demo.digits import load_digits, load_domains
 
-__all__ = ["bnf_resnet", "load_characters", "load_digits"]
+__all__ = ["bnf_resnet", "load_characters", "load_digits", "load_domains"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,8 +22,8 @@ def __getattr__(name: str) -> Any:
         from bnfinetune.demo.characters import load_characters
 
         return load_characters
-    if name == "load_digits":
-        from bnfinetune.demo.digits import load_digits
+    if name in ("load_digits", "load_domains"):
+        from bnfinetune.demo import digits
 
-        return load_digits
+        return getattr(digits, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

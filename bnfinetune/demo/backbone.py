@@ -52,9 +52,7 @@ def bnf_resnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         pretrained: Load the shipped weights. A head of another size than theirs starts at random.
         **kwargs: Passed on to timm, such as `num_classes`, `in_chans`, `features_only` or `drop_rate`.
     """
-    source = resolve_pretrained_cfg(
-        "bnf_resnet", kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
-    )
+    source = resolve_pretrained_cfg("bnf_resnet", kwargs.pop("pretrained_cfg", None))
     model: nn.Module = test_resnet(
         pretrained, pretrained_cfg=asdict(replace(source, architecture="test_resnet")), **kwargs
     )

@@ -138,7 +138,7 @@ def _pose(rng: np.random.Generator, x: Array, y: Array) -> tuple[Array, Array]:
 
 def _bend(rng: np.random.Generator, y: Array, x: Array) -> tuple[Array, Array]:
     """Displace coordinates by a smooth random field (elastic distortion; Simard et al., 2003)."""
-    strength = rng.uniform(0.0, 0.35)
+    strength = rng.uniform(0.0, 0.3)
     return y + _smooth_noise(rng, 5, strength), x + _smooth_noise(rng, 5, strength)
 
 
@@ -175,6 +175,6 @@ def _interpolation(cells: int) -> Array:
 
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    PILImage.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    buffer = io.BytesIO()  # stored uncompressed: noise does not compress, and both ways are faster
+    PILImage.fromarray(pixels).save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits as load_sklearn_digits
 from sklearn.model_selection import train_test_split
 
-from bnfinetune.demo.alphabet import IMAGE_SIZE
+from bnfinetune.demo.alphabet import CLASSES, IMAGE_SIZE
 
 SPLIT_SIZES: Final = {"train": 200, "validation": 397, "test": 1200}
 """Images per split: few labels to learn from, many to measure on."""
@@ -37,6 +37,31 @@ def load_digits() -> DatasetDict:
     for name, rows in _split(source.target).items():
         columns = {"image": [_enlarge(source.images[row]) for row in rows], "label": source.target[rows].tolist()}
         splits[name] = Dataset.from_dict(columns, features=features, split=name)
+    return splits
+
+
+def load_domains(printed: int = 1_000) -> DatasetDict:
+    """Load the handwritten digits with printed ones beside them: two domains of the same ten classes.
+
+    Args:
+        printed: Printed digits in the training split; the other splits are handwriting only.
+
+    Returns:
+        The splits of `load_digits`, with a third column `domain` ("printed" or "handwritten").
+    """
+    from bnfinetune.demo.characters import render
+
+    splits = load_digits()
+    rows = [len(CLASSES) * (number // 10) + number % 10 for number in range(printed)]  # the digits come first of all
+    columns = {
+        "image": [*splits["train"]["image"], *(PILImage.fromarray(render(row)) for row in rows)],
+        "label": [*splits["train"]["label"], *(row % len(CLASSES) for row in rows)],
+        "domain": ["handwritten"] * len(splits["train"]) + ["printed"] * printed,
+    }
+    features = Features({**splits["train"].features, "domain": Value("string")})
+    splits["train"] = Dataset.from_dict(columns, features=features, split="train")
+    for name in ("validation", "test"):
+        splits[name] = splits[name].add_column("domain", ["handwritten"] * len(splits[name]))
     return splits
 
 

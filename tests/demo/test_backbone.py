@@ -20,7 +20,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def characters():
-    return load_characters(train=1, validation=490)["validation"]
+    return load_characters(train=1, validation=245)["validation"]
 
 
 @pytest.fixture(scope="module")
