@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from bnfinetune.errors import BnFinetuneError, CheckpointError, RecipeError
@@ -43,13 +42,18 @@ class Arguments:
         return value
 
 
+Action = Callable[[Arguments], None]
+
+
 @dataclass(frozen=True)
 class Verb:
     """A verb of the command line: the function that does it, and how it is called."""
 
-    run: Callable[[Arguments], None]
+    run: Action
     usage: str
     options: Mapping[str, str]
+    takes_overrides: bool = False
+    takes_paths: bool = False
 
     @property
     def summary(self) -> str:
@@ -59,29 +63,25 @@ class Verb:
     def help(self) -> str:
         return (self.run.__doc__ or "").replace("\n    ", "\n").strip()
 
-    @property
-    def takes_overrides(self) -> bool:
-        return "key=value" in self.usage
-
-    @property
-    def takes_paths(self) -> bool:
-        return "IMAGE_OR_FOLDER" in self.usage
-
 
 VERBS: dict[str, Verb] = {}
 
 
-def verb(usage: str, **options: str) -> Callable[[Callable[[Arguments], None]], Callable[[Arguments], None]]:
+def verb(usage: str, *, overrides: bool = False, paths: bool = False, **options: str) -> Callable[[Action], Action]:
     """Enter a function in the table of verbs under its own name."""
 
-    def enter(run: Callable[[Arguments], None]) -> Callable[[Arguments], None]:
-        VERBS[run.__name__] = Verb(run, usage, options)
+    def enter(run: Action) -> Action:
+        VERBS[run.__name__] = Verb(run, usage, options, takes_overrides=overrides, takes_paths=paths)
         return run
 
     return enter
 
 
-@verb("recipe=NAME|FILE [key=value ...]", recipe="a shipped recipe's name, or the path of your own YAML file")
+@verb(
+    "recipe=NAME|FILE [key=value ...]",
+    overrides=True,
+    recipe="a shipped recipe's name, or the path of your own YAML file",
+)
 def train(arguments: Arguments) -> None:
     """Fine-tune a network as a recipe says; the verb may be left out.
 
@@ -104,6 +104,7 @@ def train(arguments: Arguments) -> None:
 
 @verb(
     "checkpoint=FOLDER [format=table|json] [key=value ...]",
+    overrides=True,
     checkpoint="a run folder (its best checkpoint is taken), RUN/best, RUN/last, or any folder that timm saved",
     format="table (default) or json",
 )
@@ -137,6 +138,7 @@ def evaluate(arguments: Arguments) -> None:
 
 @verb(
     "checkpoint=FOLDER IMAGE_OR_FOLDER ... [top=5] [format=table|jsonl]",
+    paths=True,
     checkpoint="a run folder (its best checkpoint is taken), RUN/best, RUN/last, or any folder that timm saved",
     top="classes per image, the likeliest first (default 5)",
     format="table (default), or jsonl: one JSON object per image",
@@ -177,7 +179,11 @@ def recipes(arguments: Arguments) -> None:
         print(f"{name:{width}}  {recipe_header(path)[0]}")
 
 
-@verb("[recipe=NAME|FILE] [key=value ...]", recipe="a shipped recipe's name, or a file; without one: the defaults")
+@verb(
+    "[recipe=NAME|FILE] [key=value ...]",
+    overrides=True,
+    recipe="a shipped recipe's name, or the path of your own YAML file; left out: the defaults",
+)
 def show(arguments: Arguments) -> None:
     """Print the whole configuration of a recipe with overrides, as YAML that is a recipe again.
 
@@ -243,7 +249,7 @@ def _parse(name: str, words: Sequence[str]) -> Arguments:
             arguments.options[key] = value
         elif spec.takes_overrides:
             arguments.overrides.append(word)
-        elif spec.takes_paths and (not equals or Path(word).exists()):
+        elif spec.takes_paths and (not equals or os.path.exists(word)):
             arguments.paths.append(word)
         else:
             known = ", ".join(f"{option}=" for option in spec.options) or "nothing"
@@ -266,7 +272,7 @@ def _near(found: str, names: Sequence[str] | Mapping[str, Any]) -> str:
 
 def _checkpoint(arguments: Arguments) -> str:
     checkpoint = arguments.need("checkpoint", "write checkpoint=RUN or checkpoint=RUN/best")
-    if not Path(checkpoint).is_dir():
+    if not os.path.isdir(checkpoint):
         raise CheckpointError(f"checkpoint: there is no folder {checkpoint}")
     return checkpoint
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,13 +15,14 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from bnfinetune.errors import RecipeError
-from bnfinetune.recipe import BN_FORMS, Recipe
-from bnfinetune.recipe_keys import RecipeSection, find_key, nearest_key, recipe_schema
+from bnfinetune.recipe import Recipe
+from bnfinetune.recipe_keys import RecipeSection, find_key
+from bnfinetune.recipe_mistakes import explain, place
 from bnfinetune.recipe_text import MAX_BYTES, describe, flatten, plain, read_override, read_yaml
 
 Layer = tuple[str, dict[str, Any]]
 
-_CALLER = "recipe"
+_CALLER = ""  # the origin of what comes from no file
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -66,11 +68,11 @@ def load_recipe(
         origins[key] = _CALLER
     for missing in sorted(OmegaConf.missing_keys(config)):
         key = re.sub(r"\[(\d+)\]", r".\1", missing)
-        raise RecipeError(f"{key}: still open (???{_place(key, origins)}); give {key}=VALUE")
+        raise RecipeError(f"{key}: still open (???{place(key, origins)}); give {key}=VALUE")
     try:
         return Recipe.model_validate_json(json.dumps(OmegaConf.to_container(config, resolve=False)), strict=True)
     except ValidationError as error:
-        raise RecipeError(_explain(error, origins)) from error
+        raise RecipeError(explain(error, origins)) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -121,19 +123,19 @@ def _with_bases(origin: str, tree: dict[str, Any], folder: Path, above: tuple[Pa
     if base is None:
         return [(origin, tree)]
     if not isinstance(base, str):
-        raise RecipeError(f"base: found {describe(base)} in {origin}; allowed: the name or path of one recipe")
-    below = _file_layers(_find(base, folder), above)
-    for _, lower in below:
-        lower.pop("name", None)
-    return [*below, (origin, tree)]
+        raise RecipeError(
+            f"base: found {describe(base)}{f' in {origin}' if origin else ''}; allowed: the name or path of one recipe"
+        )
+    return [*_file_layers(_find(base, folder), above), (origin, tree)]
 
 
 def _find(name: str, folder: Path) -> Path:
     """The file of a shipped recipe's name, or of a path relative to `folder`."""
     if name.endswith((".yaml", ".yml")) or "/" in name or "\\" in name:
         path = folder / name
-        if not path.is_file():
-            raise RecipeError(f"recipe: there is no file {path}" + _same_stem(path))
+        if not os.path.isfile(path):  # unlike Path.is_file, false for any text that cannot be a path
+            hint = f"; recipe={path.stem} is shipped" if path.stem in shipped_recipes() else ""
+            raise RecipeError(f"recipe: there is no file {path}{hint}")
         return path
     shipped = shipped_recipes()
     if name not in shipped:
@@ -144,14 +146,13 @@ def _find(name: str, folder: Path) -> Path:
     return shipped[name]
 
 
-def _same_stem(path: Path) -> str:
-    return f"; recipe={path.stem} is shipped" if path.stem in shipped_recipes() else ""
-
-
 def _read(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            return file.read(MAX_BYTES + 1).decode("utf-8-sig")
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise RecipeError(f"{path}: longer than the {MAX_BYTES // 1024} KiB that a recipe may have")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text") from error
     except OSError as error:
@@ -210,68 +211,3 @@ def _set(config: DictConfig, key: str, value: Any) -> None:
         OmegaConf.update(config, key, value, merge=False)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise RecipeError(f"{key}: {str(error).splitlines()[0]}") from error
-
-
-def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
-    """The first mistake in one line: the key, what was found, what is allowed, the nearest name; then how many more."""
-    mistakes = error.errors(include_url=False)
-    keys = [_dotted(mistake["loc"]) for mistake in mistakes]
-    more = len({_whole(key) for key in keys}) - 1
-    also = f" (and {more} more {'mistake' if more == 1 else 'mistakes'})" if more else ""
-    key, kind, context = keys[0], mistakes[0]["type"], mistakes[0].get("ctx", {})
-    if kind == "extra_forbidden":
-        return _unknown(key, origins) + also
-    if kind == "value_error":
-        return (f"{key}: {context['error']}" if key else str(context["error"])) + also
-    return _unfit(_whole(key) if kind == "missing" else key, mistakes[0]["input"], origins) + also
-
-
-def _unfit(key: str, found: Any, origins: Mapping[str, str]) -> str:
-    target = find_key(key)
-    start = f"{key}: found {describe(found)}{_place(key, origins)}"
-    if target is None or isinstance(target, RecipeSection):
-        return f"{start}; allowed: the keys {_names(target or recipe_schema())}"
-    hint = ""
-    if isinstance(found, str) and (near := difflib.get_close_matches(found.lower(), target.choices, n=1)):
-        hint = f"; did you mean {near[0]}?"
-    elif target.allowed.startswith("text") and isinstance(found, int | float):
-        hint = f"; as text it is quoted: {key}='\"{describe(found)}\"'"
-    return f"{start}; allowed: {target.allowed}{hint}"
-
-
-def _unknown(key: str, origins: Mapping[str, str]) -> str:
-    above = find_key(key.rpartition(".")[0])
-    near = nearest_key(key)
-    hint = f"; did you mean {near}?" if near else ""
-    names = _names(above) if isinstance(above, RecipeSection) and not near else ""
-    return f"{key}: no such key{_place(key, origins)}{hint}{f'; allowed: {names}' if names else ''}"
-
-
-def _names(section: RecipeSection) -> str:
-    return ", ".join(part.leaf for part in section.parts)
-
-
-def _whole(key: str) -> str:
-    """A place inside a value, as `data.augment.scale.1`, as the key of that value."""
-    target = find_key(key)
-    return target.path if target else key
-
-
-def _dotted(location: Sequence[str | int]) -> str:
-    """The dotted key of a place in the validated data, without the names that pydantic gives to a union's branches."""
-    parts: list[str] = []
-    for part in location:
-        inside_section = isinstance(find_key(".".join(parts)), RecipeSection)
-        if isinstance(part, int) or (inside_section and part not in BN_FORMS):
-            parts.append(str(part))
-    return ".".join(parts)
-
-
-def _place(key: str, origins: Mapping[str, str]) -> str:
-    """` in FILE` where a file gave the key, or a key above or below it; nothing for what the caller wrote himself."""
-    while key:
-        for known, origin in reversed(list(origins.items())):
-            if known == key or known.startswith(f"{key}."):
-                return f" in {origin}" if origin != _CALLER else ""
-        key = key.rpartition(".")[0]
-    return ""

@@ -57,6 +57,8 @@ BAD_INPUT = [
     ("recipe=wrong.yaml", "optim.lr: found 'fast' in wrong.yaml; allowed: number > 0"),
     ("recipe=broken.yaml", "broken.yaml: not YAML: line 1"),
     ("recipe=/dev/zero", "no file"),
+    (f"recipe={'x' * 5000}.yaml", "no file"),
+    ("recipe=a\0b.yaml", "no file a\\x00b.yaml"),
     ("recipe=full recipe=full", "recipe= is given twice"),
     ("--recipe=full", "without dashes"),
     ("-v", "without dashes"),
@@ -123,7 +125,7 @@ BAD_INPUT = [
 
 
 class TestBadInput:
-    @pytest.mark.parametrize(("words", "said"), BAD_INPUT, ids=[words or "nothing" for words, _ in BAD_INPUT])
+    @pytest.mark.parametrize(("words", "said"), BAD_INPUT, ids=[ascii(words[:60]) for words, _ in BAD_INPUT])
     def test_gets_one_line_and_exit_code_2_and_writes_nothing(self, folder, capfd, words, said):
         before = sorted(folder.rglob("*"))
         assert main(words.split()) == 2

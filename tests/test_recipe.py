@@ -223,6 +223,13 @@ class TestMerging:
         recipe = load_recipe("freeze_bn", [two, "bn.0.layers=[a, b]", "bn.1.affine=trained"])
         assert recipe.bn == (BN(layers=("a", "b")), BN(exclude="layer4.*", affine="trained"))
 
+    @pytest.mark.parametrize(
+        ("low", "top"), [("[{layers: a}]", "{affine: frozen}"), ("{affine: frozen}", "[{layers: a}]")]
+    )
+    def test_a_bn_of_the_other_form_replaces_the_one_below(self, write, low, top):
+        write("low.yaml", f"bn: {low}")
+        assert load_recipe(write("top.yaml", f"base: ./low.yaml\nbn: {top}")).bn == load_recipe({}, [f"bn={top}"]).bn
+
     def test_free_mappings_are_merged_and_may_be_emptied_of_nothing(self):
         recipe = load_recipe(
             {"model.kwargs": {"a": 1}}, ["model.kwargs={b: [1, 2]}", "model.kwargs.c.d=x", "model.kwargs={}"]
@@ -349,6 +356,9 @@ class TestHostileText:
             load_recipe(tmp_path / "bad.yaml")
 
     def test_no_more_of_a_file_is_read_than_a_recipe_may_have(self, tmp_path):
+        (tmp_path / "wide.yaml").write_text("#" + "é" * MAX_BYTES, encoding="utf-8")
+        with pytest.raises(RecipeError, match="64 KiB"):
+            load_recipe(tmp_path / "wide.yaml")
         with (tmp_path / "sparse.yaml").open("wb") as file:
             file.truncate(1 << 40)
         with pytest.raises(RecipeError, match="64 KiB"):
@@ -488,6 +498,14 @@ valid_overrides = st.fixed_dictionaries(
         "bn": st.lists(st.fixed_dictionaries({"layers": st.lists(names, max_size=2)}), max_size=2),
     },
 )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text", ["1e-3", "1", "no", "null", "~", "2024-01-01", "1:30", "", " a", "a: b", "*", "x\ny", "'", "[]"]
+)
+def test_text_that_looks_like_something_else_stays_text(text):
+    recipe = load_recipe({}, {"data.config": text})
+    assert read_yaml(dump_recipe(recipe), "dumped")["data"]["config"] == recipe.data.config == text
 
 
 @settings(max_examples=30, deadline=None)
