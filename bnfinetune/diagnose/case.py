@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bnfinetune.bn.layers import find_bn_layers, unwrap
+from bnfinetune.bn.precise import evaluation_mode
+from bnfinetune.bn.recorder import forwards_replaced
 from bnfinetune.bn.switches import Switches, state_of, switches_of
 from bnfinetune.diagnose.finding import as_globs
 from bnfinetune.errors import LayerError, SelectionError
@@ -63,7 +65,9 @@ class Case:
 
     def has(self, needs: Iterable[str]) -> bool:
         """Whether the evidence that a rule needs was given."""
-        return all(getattr(self, need, None) is not None or getattr(self.context, need, None) is not None for need in needs)
+        return all(
+            getattr(self, need, None) is not None or getattr(self.context, need, None) is not None for need in needs
+        )
 
     @cached_property
     def bare(self) -> nn.Module:
@@ -71,7 +75,7 @@ class Case:
         return unwrap(self.model)
 
     @cached_property
-    def layers(self) -> dict[str, nn.Module]:
+    def layers(self) -> dict[str, Any]:  # Any, because nn.Module has no `running_mean`
         """BN layers by name; empty only where the model replaced those of a `source`."""
         try:
             return find_bn_layers(self.model)
@@ -150,9 +154,10 @@ class Case:
     @cached_property
     def head(self) -> set[int]:
         """Identities of the classifier's modules: timm's own, else the last child with parameters."""
-        if hasattr(self.bare, "get_classifier"):
-            found = self.bare.get_classifier()
-            heads = [each for each in (found if isinstance(found, tuple | list) else [found])]
+        bare: Any = self.bare
+        if hasattr(bare, "get_classifier"):
+            found = bare.get_classifier()
+            heads = list(found) if isinstance(found, tuple | list) else [found]
         else:
             children = [child for child in self.bare.children() if any(True for _ in child.parameters())]
             heads = children[-1:] if len(children) > 1 else []
@@ -212,22 +217,19 @@ class Case:
 @torch.no_grad()
 def _values_per_image(model: nn.Module, layers: Mapping[str, nn.Module], size: tuple[int, ...]) -> dict[str, int]:
     seen: dict[str, int] = {}
-    names = {layer: name for name, layer in layers.items()}
 
-    def note(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen[names[layer]] = args[0].numel() // (2 * args[0].shape[1])
+    def passing(name: str) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            seen[name] = x.numel() // (2 * x.shape[1])
+            return x  # of the shape that normalising would give, which takes the meta device long
 
-    handles = [layer.register_forward_pre_hook(note) for layer in layers.values()]
-    modes = [(module, module.training) for module in model.modules()]
-    shapes = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+        return forward
+
+    meta = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    replaced = {layer: passing(name) for name, layer in layers.items()}
     try:
-        model.eval()
-        functional_call(model, shapes, (torch.empty(2, *size, device="meta"),))
+        with evaluation_mode(model), forwards_replaced(replaced):
+            functional_call(model, meta, (torch.empty(2, *size, device="meta"),))
     except Exception:  # a model may do anything with values that it cannot read on the meta device
         return {}
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
     return seen

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -19,7 +21,7 @@ def trains_only_head(case: Case) -> bool:
     return not any(p.requires_grad for p in case.bare.parameters() if id(p) not in head_parameters)
 
 
-def is_untouched(layer: nn.Module) -> bool:
+def is_untouched(layer: Any) -> bool:
     """Whether the running statistics are still those of construction: mean 0, variance 1."""
     mean, var = layer.running_mean, layer.running_var
     return mean is not None and not mean.any() and bool((var == 1).all())

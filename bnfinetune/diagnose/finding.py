@@ -65,7 +65,13 @@ class Findings(list[Finding]):
         return render(self)
 
 
-def render(findings: Sequence[Finding], format: Format = "table", *, width: int = 120, color: bool = False) -> str:
+def render(
+    findings: Sequence[Finding],
+    format: Format = "table",  # noqa: A002  (as on the command line)
+    *,
+    width: int = 120,
+    color: bool = False,
+) -> str:
     """Findings as text.
 
     Args:
@@ -88,7 +94,9 @@ def render(findings: Sequence[Finding], format: Format = "table", *, width: int 
 
 def _line(found: Finding) -> str:
     place = found.scope.replace(", ", ",").replace(" ", "_") or "-"
-    return f"{found.code} {place} {found.severity}: {found.title}; {found.measured}; fix: {found.fix}".replace("\n", " ")
+    return f"{found.code} {place} {found.severity}: {found.title}; {found.measured}; fix: {found.fix}".replace(
+        "\n", " "
+    )
 
 
 def _table(findings: Sequence[Finding], width: int, color: bool) -> str:

@@ -48,6 +48,7 @@ class Forward:
         mean: mean of each input channel over a sample of pixels.
         std: standard deviation of the same sample.
         updated: whether any BN layer updated its statistics in it.
+        domain: whose statistics these were; None for the layers' own.
         backwards: backward passes through its output.
         predicted: how often each class was predicted, where that was asked for.
     """
@@ -60,6 +61,7 @@ class Forward:
     mean: Tensor | None = None
     std: Tensor | None = None
     updated: bool = False
+    domain: str | None = None
     backwards: int = 0
     predicted: Tensor | None = None
 

@@ -136,7 +136,7 @@ class _Watcher:
                 calls.updating += moved
                 calls.unfrozen += moved and calls.was_apart
                 if moved and self._now is not None:
-                    self._now.updated = True
+                    self._now.updated, self._now.domain = True, getattr(layer, "_bn_domain", None)
 
         return note
 
@@ -216,7 +216,7 @@ def updates_now(layer: nn.Module, *, recompute: bool = False) -> bool:
 
 
 @cache
-def _is_still(cls: type[nn.Module]) -> bool:
+def _is_still(cls: Any) -> bool:
     """Whether layers of this class never update, as the frozen classes of torchvision and timm."""
     known = bn_class(cls.__new__(cls))
     return known is None or known.frozen
@@ -259,7 +259,9 @@ def _describe_input(forward: Forward, image: Tensor) -> None:
         rows, columns = (max(side // _SAMPLE, 1) for side in sample.shape[-2:])
         sample = sample[:, :, ::rows, ::columns]
     sample = sample.float()
-    forward.fingerprint = sample[:: max(len(sample) // 4, 1)].flatten(1)[:, :: max(sample[0].numel() // _PRINT, 1)].clone()
+    forward.fingerprint = (
+        sample[:: max(len(sample) // 4, 1)].flatten(1)[:, :: max(sample[0].numel() // _PRINT, 1)].clone()
+    )
     if sample.ndim > 1:
         std, mean = torch.std_mean(sample.transpose(0, 1).flatten(1), 1)
         forward.mean, forward.std = mean, std

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from bnfinetune.bn.layers import find_bn_layers, unwrap
 from bnfinetune.diagnose.case import Case
@@ -47,7 +46,9 @@ def foreign_average(case: Case) -> Iterator[Trouble]:
     foreign = [
         name
         for name, layer in case.layers.items()
-        if name in theirs and layer.running_mean is not None and (_same(layer, theirs[name]) or is_untouched(theirs[name]))
+        if name in theirs
+        and layer.running_mean is not None
+        and (_same(layer, theirs[name]) or is_untouched(theirs[name]))
     ]
     if moved and foreign:
         yield Trouble(
@@ -57,8 +58,10 @@ def foreign_average(case: Case) -> Iterator[Trouble]:
         )
 
 
-def _same(first: nn.Module, second: nn.Module) -> bool:
-    return all(torch.equal(getattr(first, key), getattr(second, key).to(getattr(first, key).device)) for key in _BUFFERS)
+def _same(first: Any, second: Any) -> bool:
+    return all(
+        torch.equal(getattr(first, key), getattr(second, key).to(getattr(first, key).device)) for key in _BUFFERS
+    )
 
 
 @rule(
@@ -129,11 +132,11 @@ def _saved_shapes(saved: Mapping[str, Any] | str | Path) -> dict[str, tuple[int,
     needs=("exported",),
 )
 def baked_mode(case: Case) -> Iterator[Trouble]:
-    """**Symptom.** The deployed model's answers depend on the batch; a batch of one fails; `eval()` raises or does nothing.
+    """**Symptom.** The deployed model's answers depend on the batch; a batch of one fails.
 
     **Cause.** The model was exported in training mode.
 
-    **Found by.** With `exported`, a `torch.export` program or an fx graph: batch-norm nodes that normalise by the batch.
+    **Found by.** With `exported`, a `torch.export` program or an fx graph: nodes that normalise by the batch.
 
     ```python
     exported = torch.export.export(model.train(), (images,))         # the pitfall
@@ -152,17 +155,14 @@ def baked_mode(case: Case) -> Iterator[Trouble]:
         )
 
 
-_TRAINING_ARGUMENT = {"batch_norm": 5, "_native_batch_norm_legit": 5, "native_batch_norm": 5, "_batch_norm_with_update": 0}
-_ALWAYS_TRAINING = ("_batch_norm_with_update", "_batch_norm_with_update_functional", "_native_batch_norm_legit_functional")
+_WITH_FLAG = ("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional")
+_ALWAYS_TRAINING = ("_batch_norm_with_update", "_batch_norm_with_update_functional")
 
 
 def _trains(node: torch.fx.Node) -> bool:
     packet = getattr(node.target, "overloadpacket", None)
     name = str(packet or getattr(node.target, "__name__", "")).rpartition(".")[2]
-    if name in _ALWAYS_TRAINING:
-        return name != "_native_batch_norm_legit_functional" or node.args[5] is True
-    place = _TRAINING_ARGUMENT.get(name)
-    return place is not None and len(node.args) > place and node.args[place] is True
+    return name in _ALWAYS_TRAINING or (name in _WITH_FLAG and len(node.args) > 5 and node.args[5] is True)
 
 
 def _layer_of(node: torch.fx.Node) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -90,7 +91,9 @@ def last_batch(case: Case) -> Iterator[Trouble]:
         return
     if drops and count < size:
         yield Trouble(
-            (), f"drop_last with {count} images and batches of {size} leaves no batch", _rebuilt_loader(case, drop_last=False)
+            (),
+            f"drop_last with {count} images and batches of {size} leaves no batch",
+            _rebuilt_loader(case, drop_last=False),
         )
     left = count % size
     if drops or left != 1:
@@ -261,11 +264,11 @@ def _labels(dataset: Any) -> torch.Tensor | None:
     for key in ("targets", "labels"):
         labels = getattr(dataset, key, None)
         if labels is not None and len(labels) == len(dataset):
-            return torch.as_tensor(labels).flatten()
-    tensors = getattr(dataset, "tensors", ())
-    last = tensors[-1] if len(tensors) > 1 else None
-    whole = last is not None and last.ndim == 1 and not last.is_floating_point()
-    return last if whole else None
+            with suppress(TypeError, ValueError, RuntimeError):  # names instead of numbers, or no plain list
+                return torch.as_tensor(labels).flatten()
+    tensors: list[torch.Tensor] = list(getattr(dataset, "tensors", ()))
+    whole = len(tensors) > 1 and tensors[-1].ndim == 1 and not tensors[-1].is_floating_point()
+    return tensors[-1] if whole else None
 
 
 def _classes_per_batch(labels: torch.Tensor, size: int) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from bnfinetune.bn.layers import bn_class, find_bn_layers, unwrap, walk_modules
+from bnfinetune.bn.layers import find_bn_layers, native_class, unwrap, walk_modules
 from bnfinetune.diagnose.case import Case
 from bnfinetune.diagnose.registry import Trouble, rule
 
@@ -39,7 +39,7 @@ def dropped_activation(case: Case) -> Iterator[Trouble]:
     dropped = [
         name
         for name, layer in case.layers.items()
-        if not _activates(layer) and ("act" in layer._modules or _activates(source.get(name, layer)))
+        if not _activates(layer) and (_holds_activation(layer) or _activates(source.get(name, layer)))
     ]
     if dropped:
         yield Trouble(
@@ -49,11 +49,14 @@ def dropped_activation(case: Case) -> Iterator[Trouble]:
         )
 
 
+def _holds_activation(layer: nn.Module) -> bool:
+    return not isinstance(layer._modules.get("act"), nn.Identity | None)
+
+
 def _activates(layer: nn.Module) -> bool:
-    known = bn_class(layer)
-    if known is None:
-        return "act" in layer._modules  # an own forward; trusted to call its child
-    return known.tail.__name__ != "_no_tail" and not isinstance(layer._modules.get("act"), nn.Identity | None)
+    """Whether the layer applies the activation that it holds: the classes of torch and torchvision call no child."""
+    plain = native_class(layer).__module__.partition(".")[0] in ("torch", "torchvision")
+    return _holds_activation(layer) and not plain
 
 
 @rule(
@@ -123,7 +126,7 @@ def swapped_norm(case: Case) -> Iterator[Trouble]:
     the source's.
 
     ```python
-    model = bnf.convert_group_norm(copy.deepcopy(source))     # the pitfall on pretrained weights and a short training
+    model = with_group_norm(copy.deepcopy(source))            # the pitfall on pretrained weights and a short training
 
     model = bnf.freeze_bn(copy.deepcopy(source))              # repaired: small batches without a swap
     model = timm.create_model("resnet50_gn", pretrained=True) # or: weights that were trained with GroupNorm

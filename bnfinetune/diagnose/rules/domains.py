@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
@@ -58,7 +59,7 @@ def gap_of_modes(case: Case) -> Iterator[Trouble]:
             tuple(worst),
             f"distance of the predictions {gap.distance:.2f}{agreement}; {worst[0]} is off by "
             f"{gap.live[worst[0]].drift:.2g} standard deviations",
-            "bnf.precise_bn(model, loader, num_batches=100)",
+            "bnf.precise_bn(model, loader, num_batches=min(len(loader), 100))",
         )
 
 
@@ -94,7 +95,7 @@ def foreign_statistics(case: Case) -> Iterator[Trouble]:
         yield Trouble(
             tuple(off),
             f"{worst} is off by {off[worst]:.2g} standard deviations, {len(off)} layers by more than {MOST_DRIFT}",
-            "bnf.precise_bn(model, loader, num_batches=100, include_frozen=True)",
+            "bnf.precise_bn(model, loader, num_batches=min(len(loader), 100), include_frozen=True)",
         )
 
 
@@ -112,7 +113,7 @@ def collapsing_adaptation(case: Case) -> Iterator[Trouble]:
     batches, or too many passes.
 
     **Found by.** Where only BN parameters train: the commonest class takes over 80 % of the predictions in the last
-    third of the watched forwards, at least half more than in the first third.
+    third of the watched forwards, at least half more than in the first tenth.
 
     ```python
     for _ in range(20):                                                # the pitfall: pass after pass
@@ -125,10 +126,11 @@ def collapsing_adaptation(case: Case) -> Iterator[Trouble]:
     counts = [each.predicted for each in case.trace.forwards if each.predicted is not None]
     if len(counts) < 6:
         return
-    third = len(counts) // 3
-    first, last = _largest_share(counts[:third]), _largest_share(counts[-third:])
+    first, last = _largest_share(counts[: -(-len(counts) // 10)]), _largest_share(counts[-(len(counts) // 3) :])
     if last > _COLLAPSED and last > 1.5 * first:
-        adapted = [n for n, layer in case.layers.items() if any(p.requires_grad for p in layer.parameters(recurse=False))]
+        adapted = [
+            n for n, layer in case.layers.items() if any(p.requires_grad for p in layer.parameters(recurse=False))
+        ]
         yield Trouble(
             tuple(adapted),
             f"the commonest class went from {first:.0%} to {last:.0%} of the predictions",
@@ -149,7 +151,7 @@ def _largest_share(counts: list[torch.Tensor]) -> float:
     needs=("trace",),
 )
 def mixed_domains(case: Case) -> Iterator[Trouble]:
-    """**Symptom.** Instability; evaluation follows whichever forward came last; adversarial copies spoil clean accuracy.
+    """**Symptom.** Instability; evaluation follows the last forward; adversarial copies spoil clean accuracy.
 
     **Cause.** Several forwards per step, of source and target, of clean and adversarial images, update the same
     running statistics.
@@ -166,11 +168,12 @@ def mixed_domains(case: Case) -> Iterator[Trouble]:
     ```
     """
     assert isinstance(case.trace, Trace)
-    steps = [[each for each in group if each.updated and each.mean is not None] for group in case.trace.updates()]
-    steps = [group for group in steps if len(group) == max(map(len, steps), default=0)]
-    if len(steps) < 3 or len(steps[0]) < 2:
-        return
-    offset, place = max((_offset(steps, place), place) for place in range(1, len(steps[0])))
+    by_domain: defaultdict[str | None, list[list[Forward]]] = defaultdict(list)
+    for group in case.trace.updates():
+        described = [each for each in group if each.updated and each.mean is not None]
+        for domain in {each.domain for each in described}:
+            by_domain[domain].append([each for each in described if each.domain == domain])
+    offset, place = max((_largest_offset(steps) for steps in by_domain.values()), default=(0.0, 0))
     if offset > 0.25:
         updating = tuple(name for name, calls in case.trace.layers.items() if calls.updating)
         yield Trouble(
@@ -178,6 +181,15 @@ def mixed_domains(case: Case) -> Iterator[Trouble]:
             f"inputs of forward {place + 1} of each step are off from the first's by {offset:.2f} standard deviations",
             "with bnf.domain(model, 'second'): output = model(second)",
         )
+
+
+def _largest_offset(steps: list[list[Forward]]) -> tuple[float, int]:
+    """The largest offset of a place in the step against the first, and that place."""
+    places = max(map(len, steps))
+    whole = [group for group in steps if len(group) == places]
+    if len(whole) < 3:
+        return 0.0, 0
+    return max(((_offset(whole, place), place) for place in range(1, places)), default=(0.0, 0))
 
 
 def _offset(steps: list[list[Forward]], place: int) -> float:

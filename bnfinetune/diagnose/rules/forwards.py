@@ -81,16 +81,14 @@ def repeated_batch(case: Case) -> Iterator[Trouble]:
 
 def _repeats(forwards: list[Forward]) -> int:
     prints = [each.fingerprint for each in forwards if each.fingerprint is not None]
-    return sum(
-        any(a.shape == b.shape and torch.equal(a, b) for b in prints[:index]) for index, a in enumerate(prints)
-    )
+    return sum(any(a.shape == b.shape and torch.equal(a, b) for b in prints[:index]) for index, a in enumerate(prints))
 
 
 @rule(
     "BN303",
     "a teacher's statistics drift",
     "error",
-    why="no_grad stops gradients, not updates: a teacher in training mode normalises by the batch and changes every step.",
+    why="no_grad stops gradients, not updates: a teacher in training mode changes with every step.",
     needs=("trace",),
 )
 def drifting_teacher(case: Case) -> Iterator[Trouble]:
@@ -123,7 +121,7 @@ def drifting_teacher(case: Case) -> Iterator[Trouble]:
     "BN304",
     "the mode leaks around validation",
     "error",
-    why="Validation in training mode writes validation data into the statistics; training in evaluation mode stops them.",
+    why="Validation in training mode writes its data into the statistics; training in evaluation mode stops them.",
     needs=("trace",),
 )
 def leaking_mode(case: Case) -> Iterator[Trouble]:

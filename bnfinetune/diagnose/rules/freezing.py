@@ -50,7 +50,7 @@ def undone_by_train(case: Case) -> Iterator[Trouble]:
     "BN102",
     "weight and bias are frozen, but the statistics move",
     "error",
-    why="requires_grad does not reach buffers: in training mode the layer normalises by the batch and its features drift.",
+    why="requires_grad does not reach buffers: in training mode the layer follows the batch, and its features drift.",
 )
 def statistics_drift(case: Case) -> Iterator[Trouble]:
     """**Symptom.** A "frozen" backbone gives other features after each epoch; results cannot be repeated.
@@ -127,7 +127,7 @@ def half_freeze(case: Case) -> Iterator[Trouble]:
     "BN104",
     "track_running_stats was switched off after construction",
     "error",
-    why="Training now normalises by the batch and leaves the buffers behind, while evaluation still uses these old ones.",
+    why="Training now normalises by the batch and leaves the buffers behind; evaluation still uses these old ones.",
 )
 def tracking_switched_off(case: Case) -> Iterator[Trouble]:
     """**Symptom.** Training goes well; evaluation is shifted, as if the model had another input.
@@ -161,7 +161,7 @@ def tracking_switched_off(case: Case) -> Iterator[Trouble]:
     "BN105",
     "running statistics are missing",
     "warning",
-    why="Without them evaluation normalises by its own batch: a prediction depends on its batch mates, and one image fails.",
+    why="Without them evaluation normalises by its own batch: predictions depend on the other images in it.",
 )
 def no_running_statistics(case: Case) -> Iterator[Trouble]:
     """**Symptom.** Predictions change with the other images of the batch; a batch of one fails; exports train.
@@ -192,7 +192,7 @@ def no_running_statistics(case: Case) -> Iterator[Trouble]:
     "BN106",
     "an unusual momentum",
     "warning",
-    why="Momentum only weighs the newest batch in the running statistics; it never decides what normalises in training.",
+    why="Momentum only weighs the newest batch in the running statistics, and does not decide what normalises.",
 )
 def unusual_momentum(case: Case) -> Iterator[Trouble]:
     """**Symptom.** Buffers stay constant and evaluation is poor (0), follow the last batch (above 0.5), or hardly move

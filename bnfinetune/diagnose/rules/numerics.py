@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnfinetune.diagnose.case import Case
 from bnfinetune.diagnose.facts import bn_parameters, rebuilt_optimizer
@@ -45,7 +46,7 @@ def poisoned_statistics(case: Case) -> Iterator[Trouble]:
 
 
 @torch.no_grad()
-def _unsound(layers: list[nn.Module]) -> list[bool]:
+def _unsound(layers: list[Any]) -> list[bool]:
     """Whether each layer's statistics are unsound; the device is asked once."""
     sums: list[Tensor] = []
     for layer in layers:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -62,8 +61,8 @@ def disagreeing_ranks(case: Case) -> Iterator[Trouble]:
 @rule(
     "BN402",
     "two forwards before one backward under DDP",
-    "error",
-    why="DDP overwrites BN buffers at the second forward, and the backward of the first then finds them changed.",
+    "warning",
+    why="DDP overwrites BN buffers at the second forward while the backward of the first still holds them.",
     needs=("trace",),
 )
 def forwards_under_ddp(case: Case) -> Iterator[Trouble]:
@@ -72,7 +71,7 @@ def forwards_under_ddp(case: Case) -> Iterator[Trouble]:
     **Cause.** At each wrapped forward DDP broadcasts rank 0's buffers in place. A forward whose backward is still to
     come holds these buffers.
 
-    **Found by.** Two training forwards without a backward between them, of a model in DDP with `broadcast_buffers` and
+    **Found by.** Two training forwards without a backward between them, of a model in DDP that broadcasts buffers, with
     ordinary BN layers that update.
 
     ```python
@@ -115,7 +114,8 @@ def sync_on_cpu(case: Case) -> Iterator[Trouble]:
     stuck = [
         name
         for name, layer in case.layers.items()
-        if isinstance(layer, nn.SyncBatchNorm) and any(t.device.type == "cpu" for t in (*layer.parameters(), *layer.buffers()))
+        if isinstance(layer, nn.SyncBatchNorm)
+        and any(t.device.type == "cpu" for t in (*layer.parameters(), *layer.buffers()))
     ]
     if stuck:
         yield Trouble(
@@ -152,7 +152,7 @@ def uneven_ranks(case: Case) -> Iterator[Trouble]:
     counts = {"batches": _length(case.loader)}
     if case.trace is not None:
         counts = {"calls": sum(case.trace.layers[name].normalised for name in waiting)}
-    (what, mine), = counts.items()
+    ((what, mine),) = counts.items()
     numbers = gather_in_rank_order(torch.tensor([mine, len(waiting)]), case.context.process_group)
     if numbers[:, 1].any() and (numbers[:, 0] != numbers[0, 0]).any():
         yield Trouble(
@@ -174,7 +174,7 @@ def _length(loader: Any) -> int:
     "BN406",
     "synchronisation across machines",
     "warning",
-    why="Every BN layer waits for the network between machines twice per step, for statistics that one machine could give.",
+    why="Every BN layer waits twice per step for the network between machines, which it could do without.",
 )
 def sync_across_nodes(case: Case) -> Iterator[Trouble]:
     """**Symptom.** Training on two machines is slower than on one.

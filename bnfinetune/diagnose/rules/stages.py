@@ -67,7 +67,7 @@ def missed_type(case: Case) -> Iterator[Trouble]:
     "BN108",
     "frozen at untrained statistics",
     "error",
-    why="A layer pinned at mean 0 and variance 1 normalises nothing, and the weights that follow were not made for that.",
+    why="A layer pinned at mean 0 and variance 1 normalises nothing, and no weight was trained for that.",
 )
 def frozen_untrained(case: Case) -> Iterator[Trouble]:
     """**Symptom.** Training from scratch, or with a new block, is weak or diverges.
@@ -88,7 +88,7 @@ def frozen_untrained(case: Case) -> Iterator[Trouble]:
         yield Trouble(
             tuple(pinned),
             f"{len(pinned)} frozen layers have mean 0 and variance 1 in all channels",
-            case.call("precise_bn", pinned, "loader", "num_batches=100", "include_frozen=True"),
+            case.call("precise_bn", pinned, "loader", "num_batches=min(len(loader), 100)", "include_frozen=True"),
             "recalibrate.at=start",
         )
 
@@ -161,7 +161,7 @@ def hole_in_freeze(case: Case) -> Iterator[Trouble]:
     if holes:
         yield Trouble(
             tuple(holes),
-            f"{len(frozen)} of {len(names)} layers are frozen, up to {names[frozen[-1]]}; {len(holes)} before it are live",
+            f"{len(frozen)} of {len(names)} layers are frozen up to {names[frozen[-1]]}, {len(holes)} before it live",
             case.call("freeze_bn", holes),
             _FREEZE,
         )
