@@ -96,8 +96,8 @@ class Data(Section):
     source: str = Field(
         default="demo",
         min_length=1,
-        description="demo, demo-characters, a folder of class folders, a parquet or webdataset (.tar) file or pattern, "
-        "or a datasets name",
+        description="demo, demo-characters, demo-domains, a folder of class folders, a parquet or webdataset (.tar) "
+        "file or pattern, or a datasets name",
     )
     config: str | None = Field(default=None, description="configuration of a datasets name")
     train_split: str = Field(default="train", min_length=1, description="split that is trained on")
@@ -115,6 +115,9 @@ class Data(Section):
         default=None, description="use at most so many training images, stratified by class"
     )
     image_column: str | None = Field(default=None, description="column of images; null: found by type")
+    domain_column: str | None = Field(
+        default=None, description="column with the domain of a training image, for bn.domains"
+    )
     label_column: str | None = Field(default=None, description="column of labels; null: found by type or name")
     classes: Positive | tuple[str, ...] | None = Field(
         default=None,
@@ -180,6 +183,13 @@ class BN(Section):
     )
     mix_prior: Rate | None = Field(
         default=None, description="eval_stats=mix: images that the running statistics count for; null: 16"
+    )
+    domains: tuple[str, ...] = Field(
+        default=(),
+        description="domains with statistics of their own; data.domain_column says which an image is of",
+    )
+    domain_affine: Literal["shared", "own"] | None = Field(
+        default=None, description="whether domains share the affine or have their own; null: shared"
     )
     freeze_after: Rate | None = Field(
         default=None,
@@ -283,6 +293,10 @@ class Evaluate(Section):
         default=None, description="optimizer updates between evaluations, instead of epochs"
     )
     batch_size: Positive = Field(default=256, description="images per process and forward")
+    domain: str | None = Field(
+        default=None,
+        description="domain whose statistics evaluation and the exported network use; null: the last of bn.domains",
+    )
 
 
 class Checkpoint(Section):

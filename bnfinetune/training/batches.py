@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -50,17 +52,24 @@ def smallest_normalisation(model: nn.Module, input_size: tuple[int, int, int]) -
     return min(seen.items(), key=lambda item: item[1], default=None)
 
 
-def smallest_batch(model: nn.Module, input_size: tuple[int, int, int], batch_size: int) -> int:
+def smallest_batch(
+    model: nn.Module, input_size: tuple[int, int, int], batch_size: int, rarest_share: float = 1.0
+) -> int:
     """Fewest images of a batch that every training BN layer accepts: 1, or 2 where a layer sees one value per image.
+
+    Where images of several domains are normalised apart, it is as many as give the rarest domain so many of them;
+    domains are spread evenly over the batches, give or take one image.
 
     Raises:
         DataError: `batch_size` itself is below that.
     """
     found = smallest_normalisation(model, input_size)
     needed = 1 if found is None or found[1] > 1 else 2
+    if needed > 1 and rarest_share < 1.0:
+        needed = math.ceil((needed + 1) / rarest_share)
     if found is not None and batch_size < needed:
         raise DataError(
             f"train.batch_size={batch_size} leaves BN layer {found[0]} one value per channel, which has no variance; "
-            "use at least 2, a larger data.image_size, or frozen statistics (recipe=freeze_bn)"
+            f"use at least {needed}, a larger data.image_size, or frozen statistics (recipe=freeze_bn)"
         )
     return needed

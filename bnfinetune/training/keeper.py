@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
+from torch import nn
 
 from bnfinetune.training.checkpoint import (
     StateStore,
@@ -64,29 +65,36 @@ class Keeper:
         if self.run.state is not None:
             self._resume(self.run.state)
         else:
-            self.before = self.measure_all()
+            self.before = self._measure_all(self.trainer.evaluated)
         for name, metrics in self.before.items():
             self.say(f"before  {name} top-1 {metrics.top1:.1%}, loss {metrics.loss:.3f} ({metrics.images} images)")
         if self.run.state is None:
-            self._recalibrate("start")
+            self._recalibrate("start", self.trainer.networks())
         return self.before
 
     def pause(self, *, evaluate: bool) -> None:
         """What happens between updates: evaluate if it is time, and save."""
         if evaluate:
-            self._recalibrate("eval")
-            self._record(self._measure("validation"))
+            self.trainer.merge_statistics()
+            self._recalibrate("eval", self.trainer.networks())
+            network = self.trainer.evaluated
+            self._record(self._measure("validation", network), network)
         self._save_state()
 
-    def finish(self) -> dict[str, Metrics]:
-        """Load the best network into the trainer's model, measure it, and write what the run has to show."""
+    def finish(self) -> tuple[nn.Module, dict[str, Metrics]]:
+        """Measure the best network and write what the run has to show.
+
+        Returns:
+            The bare network with the best weights, and its metrics by split.
+        """
         if self.trainer.progress.best is None:  # no update was made, and so no pause
             self.pause(evaluate=True)
         self.accelerator.wait_for_everyone()
-        self.trainer.evaluated.load_state_dict(load_weights(complete_folder(self.folder / "best")))
-        if self._recalibrate("end"):
-            self._export("best")
-        after = self.measure_all()
+        network = self.trainer.evaluated
+        network.load_state_dict(load_weights(complete_folder(self.folder / "best")))
+        if self._recalibrate("end", {"best network": network}):
+            self._export(network)
+        after = self._measure_all(network)
         if self.accelerator.is_main_process:
             write_report(self.folder, self.trainer, self.before, after, self.history, self.class_names)
             rows = [(name, when, m[name]) for name in after for when, m in (("before", self.before), ("after", after))]
@@ -94,28 +102,27 @@ class Keeper:
             self.say(f"best network of update {self.trainer.progress.best_update}: {self.folder / 'best'}")
         for tracker in self.accelerator.trackers:
             tracker.finish()
-        return after
+        return network, after
 
-    def _export(self, name: str) -> None:
+    def _export(self, network: nn.Module) -> None:
         if self.accelerator.is_main_process:
-            model, path = self.trainer.evaluated, self.folder / name
-            save_export(path, model, self.class_names, self.data_config, self.recipe_text, self.statistics)
+            path = self.folder / "best"
+            save_export(path, network, self.class_names, self.data_config, self.recipe_text, self.statistics)
 
-    def measure_all(self) -> dict[str, Metrics]:
-        """Metrics by split, after the ranks' statistics have been merged."""
-        return {name: self._measure(name) for name in self.splits}
+    def _measure_all(self, network: nn.Module) -> dict[str, Metrics]:
+        return {name: self._measure(name, network) for name in self.splits}
 
-    def _measure(self, split: str) -> Metrics:
-        self.trainer.merge_statistics()
-        return measure(self.trainer.evaluated, self.splits[split], self.trainer.num_classes, self.accelerator)
+    def _measure(self, split: str, network: nn.Module) -> Metrics:
+        return measure(network, self.splits[split], self.trainer.num_classes, self.accelerator)
 
-    def _recalibrate(self, moment: str) -> bool:
-        """Recompute the statistics of every network if the recipe asks for it at this moment."""
-        section = self.trainer.recipe.recalibrate
+    def _recalibrate(self, moment: str, networks: Mapping[str, nn.Module]) -> bool:
+        """Recompute the statistics of networks if the recipe asks for it at this moment."""
+        trainer, section = self.trainer, self.trainer.recipe.recalibrate
         if moment not in section.at:
             return False
-        for name, model in self.trainer.networks().items():
-            report = recalibrate(model, self.trainer.loaders, section, self.accelerator)
+        for name, network in networks.items():
+            exported = moment == "end"
+            report = recalibrate(network, trainer.loaders, trainer.recipe, self.accelerator, exported=exported)
             if moment != "eval":
                 worst = max(change.mean_shift_rms for change in report.layers.values())
                 self.say(
@@ -125,7 +132,7 @@ class Keeper:
         self.statistics.update(computed="precise-BN", images=report.samples, data=section.data, at=moment)
         return True
 
-    def _record(self, metrics: Metrics) -> None:
+    def _record(self, metrics: Metrics, network: nn.Module) -> None:
         """Write one evaluation down, and export the network if it is the best so far."""
         progress, better = self.trainer.progress, self._is_better(metrics)
         record = self.trainer.take_losses() | {"update": progress.update, "epoch": progress.epoch} | metrics.scalars()
@@ -140,7 +147,7 @@ class Keeper:
             append_line(self.folder / "metrics.jsonl", record)
             self.say(_line(record, better))
         if better:
-            self._export("best")
+            self._export(network)
 
     def _save_state(self) -> None:
         """Save everything that going on needs; each rank contributes its random state."""

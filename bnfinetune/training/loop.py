@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from bnfinetune.bn.domains import domain, export_domain
 from bnfinetune.bn.layers import is_bn_layer
 from bnfinetune.bn.ranks import merge_running_stats
 from bnfinetune.bn.updates import StatSnapshot
@@ -28,11 +29,12 @@ from bnfinetune.recipe import Recipe
 from bnfinetune.training.data.loaders import Loaders
 from bnfinetune.training.data.mixing import build_mixup
 from bnfinetune.training.evaluate import input_format
+from bnfinetune.training.feed import domains_of, evaluated_domain
 from bnfinetune.training.optim import build_optimizer, build_schedule
 from bnfinetune.training.phases import Phase, planned_phases
 from bnfinetune.training.recalibrate import recalibrate
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, ...]  # images, labels and, where images have domains, their numbers
 
 # torch 2.15 renamed DDP's switch
 _DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
@@ -90,6 +92,7 @@ class Trainer:
         self.model.to(self.accelerator.device)
         self.has_bn = any(is_bn_layer(module) for module in self.model.modules())
         self.updates = total_updates(self.recipe, self.loaders.train.batches)
+        self.domains = domains_of(self.recipe)
         self.phases = planned_phases(self.recipe, self.updates, self.updates_per_epoch)
         self.optimizer = self._build_optimizer()
         # a step that the gradient scaler skips has moved the statistics already
@@ -134,9 +137,9 @@ class Trainer:
         """
         if phase.freeze:
             self.merge_statistics()
-            section, chosen = self.recipe.recalibrate, phase.section
+            chosen = phase.section
             recalibrate(
-                self.model, self.loaders, section, self.accelerator, layers=chosen.layers, exclude=chosen.exclude
+                self.model, self.loaders, self.recipe, self.accelerator, layers=chosen.layers, exclude=chosen.exclude
             )
         phase.apply(self.model)
         self.optimizer = self._build_optimizer(self.optimizer.state)
@@ -161,8 +164,10 @@ class Trainer:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network that is measured and exported: the average where there is one."""
-        return self.model if self.ema is None else self.ema.module
+        """The network that is measured and exported: the average where there is one, of one domain a plain copy."""
+        network = self.model if self.ema is None else self.ema.module
+        name = evaluated_domain(self.recipe)
+        return network if name is None else export_domain(network, name)
 
     def fit(self, pause: Pause) -> None:
         """Train until the last update or until `pause` sets `progress.stopped`.
@@ -234,14 +239,14 @@ class Trainer:
         accelerator = self.accelerator
         if self.snapshot is not None:
             self.snapshot.take()
-        total = sum(len(labels) for _, labels in group)
+        total = sum(len(labels) for _, labels, *_ in group)
         loss_sum = torch.zeros((), device=accelerator.device)
-        for number, (images, labels) in enumerate(group):
-            last = number == len(group) - 1
-            with _synchronised(self.forward, last):
-                loss = self._loss(images, labels, number)
-                accelerator.backward(loss * (len(labels) / total))
-            loss_sum += loss.detach() * (len(labels) / total)
+        for number, batch in enumerate(group):
+            share = len(batch[1]) / total
+            with _synchronised(self.forward, last=number == len(group) - 1):
+                loss = self._loss(batch, number)
+                accelerator.backward(loss * share)
+            loss_sum += loss.detach() * share
         self._check_loss(value := float(loss_sum))
         if self.recipe.optim.clip_grad is not None:
             accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip_grad)
@@ -259,15 +264,28 @@ class Trainer:
         self.losses.append(value)
         progress.seconds += time.perf_counter() - begin
 
-    def _loss(self, images: Tensor, labels: Tensor, number: int) -> Tensor:
+    def _loss(self, batch: Batch, number: int) -> Tensor:
         device = self.accelerator.device
+        images, labels, *domains = batch
         images = images.to(device, non_blocking=True, memory_format=input_format(self.model))
         labels = labels.to(device, non_blocking=True)
         if self.mixup is not None:
             images, labels = self.mixup(images, labels, self.progress.epoch, self.progress.batch + number)
         with self.accelerator.autocast():
-            loss: Tensor = self.loss_of(self.forward(images), labels)
+            logits = self._by_domain(images, domains[0]) if domains else self.forward(images)
+            loss: Tensor = self.loss_of(logits, labels)
         return loss
+
+    def _by_domain(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """Logits of a batch of several domains, each normalised by its own images and in its own statistics."""
+        rows, parts = [], []
+        for number, name in enumerate(self.domains):
+            chosen = (numbers == number).nonzero().flatten().to(images.device)
+            if len(chosen):
+                with domain(self.model, name):
+                    parts.append(self.forward(images[chosen]))
+                rows.append(chosen)
+        return torch.cat(parts)[torch.cat(rows).argsort()]
 
     def _check_loss(self, value: float) -> None:
         if not math.isfinite(value):

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
+from bnfinetune.bn.domains import domain
 from bnfinetune.bn.precise import precise_bn
 from bnfinetune.bn.precise_report import PreciseBNReport
-from bnfinetune.recipe import Recalibrate
+from bnfinetune.recipe import Recalibrate, Recipe
 from bnfinetune.training.data.loaders import ImageLoader, Loaders
+from bnfinetune.training.feed import domains_of, evaluated_domain
 
 
 def recalibrate(
-    model: nn.Module, loaders: Loaders, section: Recalibrate, accelerator: Accelerator, **selection: Any
+    model: nn.Module,
+    loaders: Loaders,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    *,
+    exported: bool = False,
+    **selection: Any,
 ) -> PreciseBNReport:
     """Recompute the running statistics of `model` as a recipe's `recalibrate` section says; all ranks together.
 
@@ -23,25 +33,36 @@ def recalibrate(
     Args:
         model: The bare network.
         loaders: The run's loaders.
-        section: Which images, at most how many, and which estimator.
+        recipe: Which images, at most how many, which estimator, and the domain where there are several.
         accelerator: For the autocast precision.
+        exported: The network is one domain's plain copy, which has no domains any more.
         **selection: `layers` and `exclude` of `precise_bn`.
 
     Raises:
         StatisticsError: The pass failed; the network is as it was.
     """
+    section, name = recipe.recalibrate, evaluated_domain(recipe)
     loader = _loader(loaders, section)
     enough = section.samples is not None and (loader.images is None or section.samples < loader.images)
-    with accelerator.autocast():
+    with accelerator.autocast(), nullcontext() if name is None or exported else domain(model, name):
         return precise_bn(
             model,
-            (batch[0] for batch in loader),
+            _images(loader, None if name is None else domains_of(recipe).index(name)),
             num_samples=section.samples if enough else None,
             tolerance=section.tolerance,
             variance=section.variance,
             include_frozen=True,
             **selection,
         )
+
+
+def _images(loader: ImageLoader, number: int | None) -> Iterator[Tensor]:
+    """The images of a loader; where batches tell domains, only those of the domain of that number."""
+    for images, _, *more in loader:
+        tells = number is not None and loader.emits_domains
+        chosen = images[more[0] == number] if tells else images
+        if len(chosen):
+            yield chosen
 
 
 def _loader(loaders: Loaders, section: Recalibrate) -> ImageLoader:

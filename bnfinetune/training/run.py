@@ -37,7 +37,7 @@ class RunResult:
     recipe: Recipe
     before: dict[str, Metrics]
     after: dict[str, Metrics]
-    model: nn.Module = field(repr=False)  # the bare network with the best weights, its policies still applied
+    model: nn.Module = field(repr=False)  # the bare network with the best weights
     history: list[dict[str, Any]] = field(repr=False, default_factory=list)
 
 
@@ -70,7 +70,8 @@ def train(recipe: Recipe) -> RunResult:
     data_config = input_config(model, recipe.data.image_size)
     loaders = recipe_loaders(recipe, splits, data_config, accelerator)
     apply_recipe_policies(model, recipe, loaders.train.batches)
-    dropped = loaders.train.drop_remainder(smallest_batch(model, data_config["input_size"], recipe.train.batch_size))
+    least = smallest_batch(model, data_config["input_size"], recipe.train.batch_size, loaders.train.rarest_share)
+    dropped = loaders.train.drop_remainder(least)
     trainer = Trainer(recipe, accelerator, model, loaders, len(splits.class_names))
 
     seed_ranks(recipe.run, same_on_all=False)
@@ -78,8 +79,8 @@ def train(recipe: Recipe) -> RunResult:
     keeper = Keeper(trainer, folder, dump_recipe(recipe), splits.class_names, data_config, source, say)
     before = keeper.begin(headline(trainer, splits, dropped))
     trainer.fit(keeper.pause)
-    after = keeper.finish()
-    return RunResult(folder.path, recipe, before, after, model, keeper.history)
+    best, after = keeper.finish()
+    return RunResult(folder.path, recipe, before, after, best, keeper.history)
 
 
 def headline(trainer: Trainer, splits: ImageSplits, dropped: int) -> list[str]:

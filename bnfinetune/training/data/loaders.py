@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import torch
 from datasets import IterableDataset
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
 from bnfinetune.errors import DataError
 from bnfinetune.recipe import Data
-from bnfinetune.training.data.hints import first_line
+from bnfinetune.training.data.hints import first_line, listed
+from bnfinetune.training.data.labels import column_values
 from bnfinetune.training.data.reading import Batch, Failure, ImageReader
 from bnfinetune.training.data.sampling import EvalSampler, TrainSampler
 from bnfinetune.training.data.seeding import derive_seed
@@ -49,6 +53,18 @@ class ImageLoader(DataLoader[Any]):
             generator=torch.Generator(),
         )
         self.skipped: dict[str, None] = {}
+        self._running: _BaseDataLoaderIter | None = None
+
+    @property
+    def rarest_share(self) -> float:
+        """Share of the rarest domain in the images; 1 where there are no domains."""
+        domains = self.dataset.domains  # type: ignore[attr-defined]
+        return 1.0 if domains is None else float(np.unique_counts(domains).counts.min() / len(domains))
+
+    @property
+    def emits_domains(self) -> bool:
+        """Whether batches carry the domain of each image as their third item."""
+        return self.dataset.domains is not None  # type: ignore[attr-defined]
 
     @property
     def images(self) -> int | None:
@@ -61,23 +77,41 @@ class ImageLoader(DataLoader[Any]):
         Raises:
             DataError: An image is unreadable (`data.on_error=raise`), or a worker was killed.
         """
+        self._running = super().__iter__()
         try:
-            for batch in super().__iter__():
-                if isinstance(batch, Failure):
-                    raise DataError(batch.message)
-                self.skipped.update(dict.fromkeys(batch.skipped))
-                if len(batch.labels):
-                    yield self.emit(batch)
-        except RuntimeError as error:
+            yield from self._emitted(self._running)
+        except (DataError, RuntimeError) as error:
+            self.close()
             if "DataLoader worker" not in str(error):
                 raise
             raise DataError(
                 f"{first_line(error)}: often for want of memory; lower data.workers or the batch size"
             ) from error
+        finally:
+            if not self.persistent_workers:
+                self.close()
+
+    def _emitted(self, batches: Iterator[Batch | Failure]) -> Iterator[Any]:
+        for batch in batches:
+            if isinstance(batch, Failure):
+                raise DataError(batch.message)
+            self.skipped.update(dict.fromkeys(batch.skipped))
+            if len(batch.labels):
+                yield self.emit(batch)
+
+    def close(self) -> None:
+        """End the loader's processes now; the next iteration starts new ones.
+
+        Left to the garbage collector, an iterator that is part of a reference cycle (as a traceback makes one) waits
+        five seconds for each process.
+        """
+        if isinstance(self._running, _MultiProcessingDataLoaderIter):
+            self._running._shutdown_workers()
+        self._running = self._iterator = None
 
     def emit(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Images of shape `(B, C, H, W)` and labels of shape `(B,)`."""
-        return batch.images, batch.labels
+        """Images of shape `(B, C, H, W)`, labels of shape `(B,)` and, where images have domains, their numbers (B,)."""
+        return (batch.images, batch.labels) if batch.domains is None else (batch.images, batch.labels, batch.domains)
 
 
 class TrainLoader(ImageLoader):
@@ -144,8 +178,16 @@ class Loaders:
     @property
     def skipped(self) -> list[str]:
         """Unreadable images met so far on this rank, with the reason."""
+        return list(dict.fromkeys(line for loader in self._all() for line in loader.skipped))
+
+    def close(self) -> None:
+        """End all loader processes; call it when a run is over, whatever its end."""
+        for loader in self._all():
+            loader.close()
+
+    def _all(self) -> list[ImageLoader]:
         loaders = [self.train, self.val, self.test, self.stats]
-        return list(dict.fromkeys(line for loader in loaders if loader is not None for line in loader.skipped))
+        return [loader for loader in loaders if loader is not None]
 
 
 def build_loaders(
@@ -159,6 +201,7 @@ def build_loaders(
     rank: int = 0,
     world_size: int = 1,
     device_type: str = "cpu",
+    domains: Sequence[str] = (),
 ) -> Loaders:
     """Build the loaders of one rank; they are sharded already and must not be prepared by Accelerate.
 
@@ -172,6 +215,7 @@ def build_loaders(
         rank: Number of this process.
         world_size: Number of processes.
         device_type: Where batches go; their memory is pinned for `cuda`.
+        domains: Names that the domain column of the training split may hold; batches carry their positions here.
 
     Raises:
         DataError: There are fewer training images than processes.
@@ -199,22 +243,45 @@ def build_loaders(
             sampler = EvalSampler(len(split), eval_batch_size, **ranks)
         return EvalLoader(reader(role, split, transform=transforms.eval), sampler, persistent=persistent, **process)
 
+    numbers = _domain_numbers(splits, domains)
     statistics_seed = derive_seed(seed, _STATISTICS)
     if isinstance(splits.train, IterableDataset):
         buffer: dict[str, Any] = {"buffer_size": data.shuffle_buffer}
         train: Any = StreamSampler(splits.train, batch_size, seed=seed, endless=True, **buffer, **ranks)
         clean: Any = StreamSampler(splits.train, eval_batch_size, seed=statistics_seed, **buffer, **ranks)
     else:
-        train = TrainSampler(len(splits.train), batch_size, seed=seed, **ranks)
+        train = TrainSampler(len(splits.train), batch_size, seed=seed, spread=numbers, **ranks)
         clean = TrainSampler(len(splits.train), eval_batch_size, seed=statistics_seed, even=True, **ranks)
     return Loaders(
         train=TrainLoader(
-            reader("train", splits.train, transform=transforms.train, seed=seed), train, persistent=True, **process
+            reader("train", splits.train, transform=transforms.train, seed=seed, domains=numbers),
+            train,
+            persistent=True,
+            **process,
         ),
         val=evaluation("val", splits.val, persistent=True),
         test=None if splits.test is None else evaluation("test", splits.test, persistent=False),
-        stats=ImageLoader(reader("train", splits.train, transform=transforms.eval), clean, persistent=False, **process),
+        stats=ImageLoader(
+            reader("train", splits.train, transform=transforms.eval, domains=numbers),
+            clean,
+            persistent=False,
+            **process,
+        ),
     )
+
+
+def _domain_numbers(splits: ImageSplits, domains: Sequence[str]) -> NDArray[np.int64] | None:
+    """The domain of each training image as a position in `domains`."""
+    if splits.domain_column is None:
+        return None
+    values = column_values(splits.train, splits.domain_column)
+    unknown = set(values) - set(domains)
+    if unknown:
+        raise DataError(
+            f"data.domain_column: {splits.domain_column!r} holds the domain {min(map(str, unknown))!r}, which is "
+            f"not among bn.domains={listed(domains) if domains else '()'}: name every domain there"
+        )
+    return np.array([list(domains).index(value) for value in values], dtype=np.int64)
 
 
 def default_workers(data: Data, world_size: int) -> int:

@@ -37,6 +37,7 @@ class Batch(NamedTuple):
     labels: Tensor
     indices: Tensor
     skipped: list[str]
+    domains: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class ImageReader(Dataset[Any]):
         skip: Leave unreadable images out instead of failing. In training, a neighbour stands in for each, so that
             batches keep their size; elsewhere the batch is smaller.
         in_memory: Keep what is decoded, up to 256 MiB.
+        domains: Domain number of each image, of shape `(rows,)`, or None.
     """
 
     def __init__(
@@ -73,11 +75,13 @@ class ImageReader(Dataset[Any]):
         seed: int | None = None,
         skip: bool = False,
         in_memory: bool = False,
+        domains: NDArray[np.int64] | None = None,
     ) -> None:
         self.image_column, self.label_column = columns
         self.split = None if isinstance(split, IterableDataset) else split
         self.labels = None if self.split is None else column_numbers(split, self.label_column)
         self.transform, self.where, self.max_pixels, self.seed, self.skip = transform, where, max_pixels, seed, skip
+        self.domains = domains
         self.memory = _Memory(_MEMORY_BYTES if in_memory and self.split is not None else 0)
 
     def __getitems__(self, picks: list[Pick]) -> Batch | Failure:
@@ -102,7 +106,9 @@ class ImageReader(Dataset[Any]):
                 seed_draws(derive_seed(self.seed, _ERASING, pick.epoch, pick.number))
                 self.transform.erase(image)
         labels = torch.tensor([self._label(pick) for pick in used], dtype=torch.int64)
-        return Batch(images, labels, torch.tensor([pick.number for pick in used], dtype=torch.int64), skipped)
+        numbers = [pick.number for pick in used]
+        domains = None if self.domains is None else torch.from_numpy(self.domains[numbers])
+        return Batch(images, labels, torch.tensor(numbers, dtype=torch.int64), skipped, domains)
 
     def _draw_or_skip(
         self, pick: Pick, picks: Sequence[Pick], skipped: list[str]

@@ -7,7 +7,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from bnfinetune.errors import DataError
@@ -37,6 +40,8 @@ class TrainSampler(Sampler[list[Pick]]):
         seed: Seed of the permutations.
         rank: Number of this process.
         world_size: Number of processes.
+        spread: Kind of each image, of shape `(length,)`; kinds are then spread evenly over the permutation, so that a
+            run of n images holds n times a kind's share of them, give or take one. None for no kinds.
         even: Cut the permutation into batches of even size instead, so that none is short and no image is left out.
 
     Raises:
@@ -44,11 +49,20 @@ class TrainSampler(Sampler[list[Pick]]):
     """
 
     def __init__(
-        self, length: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1, even: bool = False
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        spread: NDArray[np.int64] | None = None,
+        even: bool = False,
     ) -> None:
         if length < world_size:
             raise DataError(f"{length} training images cannot feed {world_size} processes: start fewer")
         self.length, self.batch_size, self.seed, self.rank, self.world_size = length, batch_size, seed, rank, world_size
+        self.spread = None if spread is None else torch.from_numpy(spread)
         self.batches = _cut(length, world_size * batch_size, least=world_size if even else None)
         self.epoch = 0
         self.start = 0
@@ -87,6 +101,8 @@ class TrainSampler(Sampler[list[Pick]]):
         epoch, start = self.epoch, self.start
         generator = torch.Generator().manual_seed(derive_seed(self.seed, _ORDER, epoch))
         order = torch.randperm(self.length, generator=generator)
+        if self.spread is not None:
+            order = order[_even_positions(self.spread[order]).argsort(stable=True)]
         for begin, end in self.batches[start:]:
             share = order[begin:end].tensor_split(self.world_size)[self.rank]
             yield [Pick(epoch, number) for number in share.tolist()]
@@ -96,8 +112,8 @@ class EvalSampler(Sampler[list[Pick]]):
     """Every `world_size`-th image in order, each on exactly one rank, in batches of up to `batch_size`."""
 
     def __init__(self, length: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+        self.length, self.batch_size = length, batch_size
         self.numbers = range(rank, length, world_size)
-        self.batch_size = batch_size
 
     def __len__(self) -> int:
         """Batches of this rank; another rank may have one more."""
@@ -106,6 +122,15 @@ class EvalSampler(Sampler[list[Pick]]):
     def __iter__(self) -> Iterator[list[Pick]]:
         for begin in range(0, len(self.numbers), self.batch_size):
             yield [Pick(0, number) for number in self.numbers[begin : begin + self.batch_size]]
+
+
+def _even_positions(kinds: Tensor) -> Tensor:
+    """Places from 0 to 1 that spread each kind evenly and keep the order within it."""
+    places = torch.empty(len(kinds), dtype=torch.float64)
+    for kind in kinds.unique():
+        rows = (kinds == kind).nonzero().flatten()
+        places[rows] = (torch.arange(len(rows), dtype=torch.float64) + 0.5) / len(rows)
+    return places
 
 
 def _cut(length: int, size: int, least: int | None) -> list[tuple[int, int]]:

@@ -22,7 +22,7 @@ from bnfinetune.recipe import Data
 from bnfinetune.training.data.folders import SPLIT_NAMES, printable, read_class_folders
 from bnfinetune.training.data.hints import did_you_mean, first_line, listed
 
-DEMOS: Final = ("demo", "demo-characters")
+DEMOS: Final = ("demo", "demo-characters", "demo-domains")
 
 _BUILDERS: Final = {".parquet": "parquet", ".tar": "webdataset"}
 _METADATA: Final = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # that list images and their labels
@@ -61,9 +61,10 @@ def _is_inside_folder(path: Path) -> bool:
 
 
 def _open_demo(name: str) -> dict[str, Any]:
-    from bnfinetune.demo import load_characters, load_digits
+    from bnfinetune.demo import load_characters, load_digits, load_domains
 
-    return dict(load_digits() if name == "demo" else load_characters())
+    loaders = {"demo": load_digits, "demo-characters": load_characters, "demo-domains": load_domains}
+    return dict(loaders[name]())
 
 
 def _open_folder(root: Path, data: Data) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class ImageSplits:
         source: Where they come from, as the recipe says it.
         names: What `train`, `val` and `test` are called there.
         skipped: Unreadable images left out by `data.on_error=skip`, as far as they were found before training.
+        domain_column: Column of domain names in the training split, or None.
     """
 
     train: Any
@@ -58,6 +59,7 @@ class ImageSplits:
     source: str
     names: Mapping[str, str]
     skipped: tuple[str, ...] = ()
+    domain_column: str | None = None
 
     def describe(self) -> str:
         """One line: source, images per split, classes."""
@@ -106,7 +108,11 @@ def load_splits(data: Data, seed: int) -> ImageSplits:
     where = {role: f"split {name!r} of {data.source}" for role, name in names.items()}
     splits = {role: _resolved(opened[name], where[role]) for role, name in names.items()}
     image, label = find_columns(splits["train"].features, data, where["train"])
-    splits = {role: _two_columns(split, image, label, where[role]) for role, split in splits.items()}
+    further = {"train": [] if data.domain_column is None else [data.domain_column]}
+    splits = {
+        role: _chosen_columns(split, [image, label, *further.get(role, [])], where[role])
+        for role, split in splits.items()
+    }
     if any(isinstance(split, datasets.IterableDataset) for split in splits.values()):
         return _stream_splits(splits, names, data, image, label)
 
@@ -123,7 +129,16 @@ def load_splits(data: Data, seed: int) -> ImageSplits:
     if data.streaming:
         final["train"] = final["train"].to_iterable_dataset(num_shards=min(_STREAM_SHARDS, len(final["train"])))
     return ImageSplits(
-        final["train"], final["val"], final.get("test"), classes, image, label, data.source, names, tuple(skipped)
+        final["train"],
+        final["val"],
+        final.get("test"),
+        classes,
+        image,
+        label,
+        data.source,
+        names,
+        tuple(skipped),
+        data.domain_column,
     )
 
 
@@ -168,12 +183,12 @@ def _resolved(split: Any, where: str) -> Any:
     return split
 
 
-def _two_columns(split: Any, image: str, label: str, where: str) -> Any:
-    """Only the columns of images, as encoded bytes or paths, and of labels."""
-    missing = [name for name in (image, label) if name not in split.features]
+def _chosen_columns(split: Any, columns: list[str], where: str) -> Any:
+    """Only these columns, of which the first holds images, as encoded bytes or paths."""
+    missing = [name for name in columns if name not in split.features]
     if missing:
         raise DataError(f"{where} has no column {listed(missing)}, only {listed(split.features)}")
-    return split.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
+    return split.select_columns(columns).cast_column(columns[0], datasets.Image(decode=False))
 
 
 def _encode_labels(
@@ -241,6 +256,8 @@ def _subset(part: _Part, data: Data, seed: int) -> _Part:
 def _stream_splits(splits: dict[str, Any], names: dict[str, str], data: Data, image: str, label: str) -> ImageSplits:
     """Splits that cannot be counted beforehand: the column's type or `data.classes` must tell the classes."""
     where = f"column {label!r} of split {names['train']!r} of {data.source}"
+    if data.domain_column is not None:
+        raise DataError("data.domain_column is not read from a stream: unset data.streaming")
     if "val" not in splits:
         raise DataError(f"{data.source}: a stream needs a validation split of its own, found {listed(names.values())}")
     if data.train_samples is not None:
