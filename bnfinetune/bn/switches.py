@@ -240,8 +240,8 @@ class SwitchedBN(nn.Module):
             return
         # A mean that is not finite always comes with a variance that is not.
         sound = var < torch.inf
-        stats.mean.copy_(torch.where(sound, mean, stats.mean))
-        stats.var.copy_(torch.where(sound, var, stats.var))
+        torch.where(sound, mean, stats.mean, out=stats.mean)
+        torch.where(sound, var, stats.var, out=stats.var)
         if stats.batches is not None:
             stats.batches.add_(sound.all() if self.momentum is None else 1)
 
