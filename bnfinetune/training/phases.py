@@ -53,6 +53,9 @@ def apply_recipe_policies(model: nn.Module, recipe: Recipe, batches_per_epoch: i
             policies.append(BNPolicy(**settings))
     if policies:
         apply_policy(model, policies)
+    elif recipe.model.grad_checkpointing or recipe.train.mixed_precision == "fp16":
+        # recomputation must not update the statistics twice, nor an overflow enter them: plain BN does not know
+        apply_policy(model, BNPolicy())
 
 
 def planned_phases(recipe: Recipe, updates: int, updates_per_epoch: int | None) -> list[Phase]:

@@ -82,7 +82,7 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe, folder: Path) -> No
     """Open the trackers of `run.tracking`, which log into the run folder where they log to files."""
     if recipe.run.tracking is None:
         return
-    accelerator.project_configuration.set_directories(str(folder))
+    accelerator.project_configuration.logging_dir = str(folder)
     flat = {
         f"{section}.{key}": str(value)
         for section, values in recipe.model_dump().items()

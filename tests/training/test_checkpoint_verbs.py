@@ -73,10 +73,17 @@ def test_predict_as_json_lines_and_its_errors(result, images, capsys, tmp_path):
 
 
 def test_the_launcher_starts_two_ranks_of_which_one_speaks(images, tmp_path):
-    options = ["data.image_size=32", "train.epochs=1", "train.batch_size=4", "data.workers=0"]
+    options = [
+        f"data.source={images}",
+        f"run.dir={tmp_path / 'run'}",
+        "data.image_size=32",
+        "train.epochs=1",
+        "train.batch_size=4",
+        "data.workers=0",
+    ]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, "-m", "bnfinetune", "recipe=freeze_bn", f"data.source={images}", f"run.dir={tmp_path / 'run'}", *options],
+        [*command, "-m", "bnfinetune", "recipe=freeze_bn", *options],
         capture_output=True, text=True, check=False, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -88,7 +95,7 @@ def test_the_launcher_starts_two_ranks_of_which_one_speaks(images, tmp_path):
 def test_exports_load_with_timm_alone(result):
     code = f"""
 import sys, timm
-model = timm.create_model("local-dir:{result.folder / 'best'}", pretrained=True)
+model = timm.create_model("local-dir:{result.folder / "best"}", pretrained=True)
 assert model.pretrained_cfg["label_names"] == {list(CLASSES)!r}
 assert "bnfinetune" not in sys.modules
 """

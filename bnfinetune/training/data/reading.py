@@ -60,7 +60,7 @@ class ImageReader(Dataset[Any]):
             deterministic.
         skip: Leave unreadable images out instead of failing. In training, a neighbour stands in for each, so that
             batches keep their size; elsewhere the batch is smaller.
-        in_memory: Keep what is decoded, up to 256 MiB.
+        in_memory: Keep what is decoded if the split fits into 256 MiB.
         domains: Domain number of each image, of shape `(rows,)`, or None.
     """
 
@@ -82,7 +82,7 @@ class ImageReader(Dataset[Any]):
         self.labels = None if self.split is None else column_numbers(split, self.label_column)
         self.transform, self.where, self.max_pixels, self.seed, self.skip = transform, where, max_pixels, seed, skip
         self.domains = domains
-        self.memory = _Memory(_MEMORY_BYTES if in_memory and self.split is not None else 0)
+        self.memory = _Memory(len(split) if in_memory and self.split is not None else 0)
 
     def __getitems__(self, picks: list[Pick]) -> Batch | Failure:
         """The batch that a sampler picked; torch's loader calls this once per batch."""
@@ -161,10 +161,11 @@ class ImageReader(Dataset[Any]):
 
 
 class _Memory:
-    """What was decoded once, as long as it fits."""
+    """What was decoded once, of a split that fits as a whole, to judge by its first image."""
 
-    def __init__(self, capacity: int) -> None:
-        self.left = capacity
+    def __init__(self, images: int) -> None:
+        self.images = images
+        self.left = _MEMORY_BYTES if images else 0
         self.kept: dict[int, Any] = {}
 
     def get(self, index: int, make: Callable[[], T]) -> T:
@@ -173,6 +174,8 @@ class _Memory:
             return cast(T, found)
         made = make()
         size = made.nbytes if isinstance(made, np.ndarray) else 3 * made.width * made.height
+        if not self.kept and size * self.images > self.left:
+            self.left = 0
         if size <= self.left:
             self.left -= size
             self.kept[index] = made

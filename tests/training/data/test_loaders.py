@@ -130,6 +130,16 @@ def test_second_evaluation_from_memory_equals_the_first(folder):
     assert same(built.val, first)
 
 
+@pytest.mark.parametrize(("capacity", "kept"), [(21 * 3 * 14 * 12, 21), (20 * 3 * 14 * 12, 0)])
+def test_only_splits_that_fit_are_kept_in_memory(folder, monkeypatch, capacity, kept):
+    monkeypatch.setattr("bnfinetune.training.data.reading._MEMORY_BYTES", capacity)
+    built = loaders(folder)
+    whole = list(built.train)
+    assert len(built.train.dataset.memory.kept) == kept
+    built.train.set_position(0)
+    assert same(built.train, whole)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_statistics_see_clean_training_images_once_in_shuffled_even_batches(folder, world_size):
     ranks = [list(loaders(folder, rank=rank, world_size=world_size).stats) for rank in range(world_size)]
@@ -231,6 +241,34 @@ def test_folder_that_vanishes_is_named(folder):
         path.unlink()
     with pytest.raises(DataError, match=r"val/a/000.png: the file is gone"):
         list(built.val)
+
+
+@pytest.mark.parametrize("loader", ["train", "val", "stats"])
+def test_closing_ends_the_processes_and_allows_another_iteration(folder, loader):
+    loader = getattr(loaders(folder, workers=2), loader)
+    batches = iter(loader)
+    next(batches)
+    processes = loader._running._workers
+    assert all(process.is_alive() for process in processes)
+    loader.close()
+    loader.close()
+    assert not any(process.is_alive() for process in processes)
+    assert len(list(loader)) == len(loader)
+
+
+def test_an_error_ends_the_processes(folder, unchecked):
+    spoil(folder / "train" / "b" / "003.png")
+    loader = loaders(folder, workers=2).train
+    processes = []
+
+    def run() -> None:
+        for _ in loader:
+            processes.extend(loader._running._workers)
+
+    with pytest.raises(DataError):
+        run()
+    assert processes
+    assert not any(process.is_alive() for process in processes)
 
 
 class KillsItself:
