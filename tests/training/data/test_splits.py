@@ -221,6 +221,13 @@ def test_fingerprint_tells_contents_not_places(tmp_path):
     assert len({expected, changed, renamed, load(root).fingerprint()}) == 4
 
 
+def test_fingerprint_tells_labels(tmp_path):
+    for name, labels in {"some": ["a", "b"] * 5, "others": ["b", "a"] * 5}.items():
+        for split in ("train", "val"):
+            table(10, labels, TEXT).to_parquet(_made(tmp_path / name / f"{split}.parquet"))
+    assert load(tmp_path / "some").fingerprint() != load(tmp_path / "others").fingerprint()
+
+
 def test_fingerprint_tells_choices_of_images():
     fewer = load("demo", train_samples=100)
     prints = {load("demo").fingerprint(), fewer.fingerprint(), load("demo", train_samples=100, seed=2).fingerprint()}

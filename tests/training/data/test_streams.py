@@ -65,6 +65,15 @@ def test_any_start_and_any_workers_give_the_same_batches(shards):
         assert same(take(built.train, 16 - start), whole[start:])
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_no_two_images_of_a_pass_share_a_number(shards, world_size):
+    numbers = []
+    for rank in range(world_size):
+        sampler = loaders(shards, rank=rank, world_size=world_size).stats.batch_sampler
+        numbers.extend(pick.number for batch in sampler for pick in batch)
+    assert len(set(numbers)) == len(numbers) == 26
+
+
 def test_other_epochs_do_not_exist(shards):
     with pytest.raises(ValueError, match="one endless epoch"):
         loaders(shards).train.set_position(1)
