@@ -1,0 +1,316 @@
+"""Measuring a model's BN statistics against data: how far off, how noisy, at what cost, and by which layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bnfinetune.bn.feed import Feed, device_of, labels_of, model_input
+from bnfinetune.bn.layers import Globs, native_class, select_layers, unwrap
+from bnfinetune.bn.moments import Moments
+from bnfinetune.bn.precise import evaluation_mode
+from bnfinetune.bn.recorder import Rows, affine_of, population_of, recording
+from bnfinetune.diagnose.compare import ImageRows, compare, observing
+from bnfinetune.diagnose.drift_report import BATCH_SIZES, FITS, DriftReport, LayerReport, Regime
+from bnfinetune.diagnose.facts import is_untouched
+from bnfinetune.errors import StatisticsError
+
+_CHUNK = 64
+"""Images per forward where batch statistics stand for the population's."""
+
+
+@torch.no_grad()
+def inspect_bn(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    images: int = 256,
+    layers: Globs = "*",
+    steps: int | None = None,
+    causes: int = 5,
+    training_images: int | None = None,
+) -> DriftReport:
+    """Measures stored BN statistics against data, layer by layer and channel by channel; changes nothing.
+
+    The same images go through the model in evaluation mode under running statistics, under those of each batch as it
+    came, and under statistics re-estimated from all of them. Rows of every image's moments give the distance of stored
+    from measured statistics, free of sampling noise, and how noisy the statistics of a batch of any size are. Where
+    the statistics do not fit, stages and the worst layers are switched to the data's one at a time.
+
+    Args:
+        model: any model with BN layers, under a policy or not, in either mode.
+        data: any iterable of batches, as `precise_bn` takes them; labels are used where they come along. Shuffled.
+        images: how many images to measure; they are held in memory.
+        layers: globs of the layers to look at.
+        steps: optimizer updates planned, for the weight that the stored statistics will keep.
+        causes: how many of the worst layers to switch one at a time; 0 skips it, stages included.
+        training_images: size of the training set; by default that of `data`, if it tells.
+
+    Returns:
+        The report; print it, save it, or write it as a page.
+
+    Example:
+        >>> report = bnf.inspect_bn(model, loader)
+        >>> print(report.verdict)
+
+    Raises:
+        SelectionError: the model has no BN layer, or a glob matches none.
+        StatisticsError: no data, fewer than 2 images, or no layer keeps running statistics.
+    """
+    net = unwrap(model)
+    chosen = {name: layer for name, layer in select_layers(net, layers).items() if population_of(layer) is not None}
+    if not chosen:
+        raise StatisticsError("no selected BN layer keeps running statistics; there is nothing to inspect")
+    sample = _read(data, images, device_of(net))
+    with ExitStack() as stack:
+        stack.enter_context(evaluation_mode(net))
+        stack.enter_context(torch.random.fork_rng(devices=_cuda(sample.images.device)))
+        lab = _Lab(net, chosen, sample)
+        report = lab.measure(steps, training_images or _size(data))
+        return lab.with_causes(report, causes)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """The images, their labels if known, and the sizes of the batches that they came in."""
+
+    images: Tensor
+    labels: Tensor | None
+    sizes: tuple[int, ...]
+
+
+def _read(data: Iterable[Any], wanted: int, device: torch.device) -> _Sample:
+    feed, parts, labels, held = Feed(data), [], [], 0
+    while held < wanted and (batch := feed.next_batch()) is not None:
+        found = model_input(batch.data)[: wanted - held]
+        marks = labels_of(batch.data)
+        parts.append(found.to(device))
+        labels.append(None if marks is None else marks[: len(found)].to(device))
+        held += len(found)
+    if held < 2:
+        raise StatisticsError(f"the data holds {held} images; inspect_bn needs 2 or more (a generator reads only once)")
+    known = [each for each in labels if each is not None]
+    return _Sample(
+        torch.cat(parts), torch.cat(known) if len(known) == len(labels) else None, tuple(len(part) for part in parts)
+    )
+
+
+class _Lab:
+    """A model in evaluation mode, some of its layers, and a sample to try on them."""
+
+    def __init__(self, net: nn.Module, layers: dict[str, nn.Module], sample: _Sample) -> None:
+        self.net, self.layers, self.sample = net, layers, sample
+        self._reference: Tensor | None = None
+
+    def measure(self, steps: int | None, training_images: int | None) -> DriftReport:
+        as_evaluated, running = self._observed()
+        with recording(self.layers):
+            as_trained, _ = self._observed()
+        with recording(self.layers) as recorders:
+            batch = self._outputs(self.sample.sizes)
+        batches = {name: rows for name, recorder in recorders.items() if (rows := recorder.drain()) is not None}
+        with _statistics(self.layers, as_trained):
+            self._reference = self._outputs()
+        reports = {
+            name: _layer_report(name, layer, as_trained.of(name), as_evaluated.of(name), steps)
+            for name, layer in self.layers.items()
+            if as_trained.of(name) is not None
+        }
+        if not reports:
+            raise StatisticsError("no forward reached any of the selected BN layers")
+        return DriftReport(
+            images=len(self.sample.images),
+            batch_size=max(self.sample.sizes),
+            layers=reports,
+            running=self._regime(running),
+            batch=self._regime(batch),
+            reestimated=self._regime(self._reference),
+            batch_noise=_batch_noise(self.layers, batches, self.sample.sizes),
+            stages={},
+            training_images=training_images,
+            chance=1 / batch.shape[1] if batch.ndim == 2 else 0.0,
+            untouched=all(is_untouched(layer) for layer in self.layers.values()),
+        )
+
+    def with_causes(self, report: DriftReport, causes: int) -> DriftReport:
+        """Adds what each stage, and each of the worst layers, recovers when it alone normalises by the data."""
+        if not causes or report.drift <= FITS:
+            return report
+        baseline = _cost(report.running)
+        stages = {
+            prefix: baseline - self._cost_of(names) for prefix, names in _stages(list(report.layers)).items()
+        }
+        worst = {layer.name for layer in report.ranked()[:causes]}
+        layers = {
+            name: replace(layer, loss_recovered=baseline - self._cost_of([name])) if name in worst else layer
+            for name, layer in report.layers.items()
+        }
+        return replace(report, layers=layers, stages=stages)
+
+    def _cost_of(self, names: Sequence[str]) -> float:
+        with recording({name: self.layers[name] for name in names}):
+            return _cost(self._regime(self._outputs()))
+
+    def _observed(self) -> tuple[ImageRows, Tensor]:
+        with observing(self.layers) as seen:
+            return seen, self._outputs(seen=seen)
+
+    def _outputs(self, sizes: Sequence[int] = (), seen: ImageRows | None = None) -> Tensor:
+        """Outputs for the whole sample, in batches of these sizes or in even chunks."""
+        images = self.sample.images
+        chunks = images.split(list(sizes)) if sizes else images.tensor_split(max(len(images) // _CHUNK, 1))
+        parts = []
+        for chunk in chunks:
+            if seen is not None:
+                seen.images = len(chunk)
+            parts.append(_scores(self.net(chunk)))
+        return torch.cat(parts)
+
+    def _regime(self, outputs: Tensor) -> Regime:
+        labels, reference = self.sample.labels, self._reference
+        assert reference is not None
+        classes = outputs.ndim == 2 and outputs.shape[1] > 1
+        if classes:
+            distance = float((outputs.softmax(1) - reference.softmax(1)).abs().sum(1).mean() / 2)
+        else:
+            norm = torch.linalg.vector_norm
+            distance = float(norm(outputs - reference) / (norm(outputs) + norm(reference)).clamp(min=1e-12))
+        if not classes or labels is None or int(labels.max()) >= outputs.shape[1]:
+            return Regime(None, None, distance)
+        accuracy = float((outputs.argmax(1) == labels).double().mean())
+        return Regime(accuracy, float(F.cross_entropy(outputs, labels)), distance)
+
+
+def _scores(output: Any) -> Tensor:
+    """The first tensor of what a model gives out, in float32."""
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values() if isinstance(output, Mapping) else output))
+    return output.float()
+
+
+def _cost(regime: Regime) -> float:
+    return regime.distance if regime.loss is None else regime.loss
+
+
+def _stages(names: Sequence[str]) -> dict[str, list[str]]:
+    """Layers by the first parts of their names: one stage each, as far as names tell stages apart."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        depth = 2 if len(parts) > 2 and parts[1].isdigit() and parts[0] in ("blocks", "stages", "features") else 1
+        found.setdefault(".".join(parts[:depth]), []).append(name)
+    return found
+
+
+def _layer_report(
+    name: str, layer: Any, trained: Rows | None, evaluated: Rows | None, steps: int | None
+) -> LayerReport:
+    assert trained is not None
+    stats = population_of(layer)
+    assert stats is not None
+    seen = compare(layer, trained)
+    momentum = getattr(layer, "momentum", None)
+    return LayerReport(
+        name=name,
+        type=native_class(layer).__name__,
+        channels=len(stats.mean),
+        drift=_finite(seen.drift),
+        drift_in_evaluation=None if evaluated is None else _finite(compare(layer, evaluated).drift),
+        mean_shift=tuple(seen.mean_shift.tolist()),
+        log_var_ratio=tuple(seen.log_var_ratio.tolist()),
+        symmetric_kl=tuple(seen.symmetric_kl.tolist()),
+        noise=tuple(seen.noise(size) for size in BATCH_SIZES),
+        **_channels(layer, trained),
+        momentum=momentum,
+        batches=None if stats.batches is None else int(stats.batches),
+        leftover=None if steps is None or momentum is None else (1 - momentum) ** steps,
+    )
+
+
+def _channels(layer: Any, rows: Rows) -> dict[str, tuple[int, ...]]:
+    """Channels by what is wrong with them."""
+    stats, (weight, bias) = population_of(layer), affine_of(layer)
+    assert stats is not None
+    measured = Moments.pool(rows.counts, rows.means, rows.m2s).var
+    stored = stats.var.detach().double().cpu()
+    damaged = ~(stats.mean.isfinite() & stats.var.isfinite()).cpu() | (stored < 0)
+    muted = torch.zeros_like(damaged)
+    for tensor in (weight, bias):
+        if tensor is not None:
+            damaged |= ~tensor.detach().isfinite().cpu()
+    if weight is not None:
+        size = weight.detach().abs().cpu()
+        muted = size < 1e-3 * size.max()
+    marks = {"dead": measured < layer.eps, "starved": (stored < layer.eps) & ~damaged, "muted": muted, "damaged": damaged}
+    return {word: tuple(mark.nonzero().flatten().tolist()) for word, mark in marks.items()}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _batch_noise(layers: Mapping[str, Any], batches: Mapping[str, Rows], sizes: Sequence[int]) -> dict[int, float]:
+    """Root mean square distance of the statistics of batches from those of all, of the worst layer, by batch size.
+
+    Batches as they came are joined to ones of two, four and more, as long as four are left.
+    """
+    size, found = sizes[0], {}
+    whole = sum(1 for each in sizes if each == size)
+    join = 1
+    while whole // join >= 4:
+        worst = 0.0
+        for name, rows in batches.items():
+            if len(rows.counts) == len(sizes):
+                kept = whole // join * join
+                worst = max(worst, _spread(layers[name], Rows(*(part[:kept] for part in rows)).pooled(join)))
+        found[size * join] = worst
+        join *= 2
+    return found
+
+
+def _spread(layer: Any, rows: Rows) -> float:
+    """Root mean square over batches of the weighed distance of their statistics from the pooled ones."""
+    pooled = Moments.pool(rows.counts, rows.means, rows.m2s)
+    scale = pooled.var + layer.eps
+    offset = (rows.means - pooled.mean) / scale.sqrt()
+    ratio = ((rows.m2s / rows.counts[:, None] + layer.eps) / scale).sqrt() - 1
+    weight, _ = affine_of(layer)
+    squares = torch.ones_like(scale) if weight is None or not weight.any() else weight.detach().cpu().double().square()
+    squared = (offset.square() + ratio.square()) @ (squares / squares.sum())
+    return math.sqrt(float(squared.sum()) / (len(squared) - 1))  # the pooled statistics are the batches' own
+
+
+@contextmanager
+def _statistics(layers: Mapping[str, Any], seen: ImageRows) -> Iterator[None]:
+    """Lends layers the statistics of what was seen, for the length of the block."""
+    kept: list[tuple[Tensor, Tensor]] = []
+    try:
+        for name, layer in layers.items():
+            rows, stats = seen.of(name), population_of(layer)
+            if rows is None or stats is None:
+                continue
+            pooled = Moments.pool(rows.counts, rows.means, rows.m2s)
+            for buffer, value in ((stats.mean, pooled.mean), (stats.var, pooled.var)):
+                kept.append((buffer, buffer.clone()))
+                buffer.copy_(value)
+        yield
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)
+
+
+def _cuda(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []
+
+
+def _size(data: Any) -> int | None:
+    """Images of the whole set behind a loader."""
+    count: Callable[[], int] | None = getattr(getattr(data, "dataset", None), "__len__", None)
+    return None if count is None else count()

@@ -1,0 +1,277 @@
+"""`inspect_bn` against independent oracles, invariances, and planted faults on the embedded backbone."""
+
+import copy
+import json
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+
+import bnfinetune as bnf
+from bnfinetune.demo import load_characters
+from bnfinetune.diagnose.compare import observing
+from bnfinetune.diagnose.drift import inspect_bn
+from bnfinetune.diagnose.drift_report import BATCH_SIZES
+from tests.diagnose.support import FAMILIES, INNER, loader, network
+
+VICTIM = "layer2.0.bn1"
+
+
+@pytest.fixture(scope="module")
+def characters():
+    """256 shuffled images that the backbone's statistics come from, in batches of 16."""
+    split = load_characters(train=256, validation=1)["train"].with_format("torch")
+    images = torch.stack([image.float() for image in split["image"]]) / 255 * 2 - 1
+    labels = torch.as_tensor(split["label"][:])
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(0))
+    return list(zip(images[order].split(16), labels[order].split(16), strict=True))
+
+
+@pytest.fixture
+def backbone():
+    return timm.create_model("bnf_resnet", pretrained=True)
+
+
+# oracles
+
+
+class One(nn.Module):
+    """One BN layer on features."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.bn = nn.BatchNorm1d(channels)
+
+    def forward(self, x):
+        return self.bn(x)
+
+
+def test_distances_are_those_of_gaussians():
+    torch.manual_seed(0)
+    x = (torch.randn(4096, 3) * torch.tensor([1.0, 2.0, 0.5]) + torch.tensor([0.0, 1.0, -2.0])).double()
+    model = One(3).double()
+    model.bn.running_mean.copy_(torch.tensor([0.0, 0.0, -2.0]))
+    model.bn.running_var.copy_(torch.tensor([1.0, 1.0, 1.0]))
+    layer = inspect_bn(model, [x], images=4096, causes=0).layers["bn"]
+    eps = model.bn.eps
+    measured = Normal(x.mean(0), (x.var(0, correction=0) + eps).sqrt())
+    stored = Normal(model.bn.running_mean, (model.bn.running_var + eps).sqrt())
+    expected = kl_divergence(measured, stored) + kl_divergence(stored, measured)
+    torch.testing.assert_close(torch.tensor(layer.symmetric_kl).double(), expected)
+    shift = (x.mean(0) - model.bn.running_mean) / (1 + eps) ** 0.5
+    torch.testing.assert_close(torch.tensor(layer.mean_shift).double(), shift)
+    ratio = ((x.var(0, correction=0) + eps) / (1 + eps)).log()
+    torch.testing.assert_close(torch.tensor(layer.log_var_ratio).double(), ratio)
+    wasserstein = (shift.square() + ((ratio / 2).exp() - 1).square()).mean().sqrt()
+    assert layer.drift == pytest.approx(float(wasserstein), rel=1e-3)  # 4096 samples of noise aside
+
+
+def test_noise_of_gaussian_features_is_known():
+    """A mean of B standard normal values has variance 1/B, and their standard deviation about 1/(2B)."""
+    torch.manual_seed(0)
+    report = inspect_bn(One(64), [torch.randn(2048, 64)], images=2048, causes=0)
+    for size, noise in zip(BATCH_SIZES, report.noise, strict=True):
+        assert noise == pytest.approx(math.sqrt(1.5 / size), rel=0.05)
+    assert report.smallest_sound_batch == 32  # 0.25^2 = 1.5 / 24
+
+
+def test_noise_of_real_batches_is_what_was_predicted():
+    torch.manual_seed(0)
+    report = inspect_bn(One(64), list(torch.randn(2048, 64).split(8)), images=2048, causes=0)
+    for size, measured in report.batch_noise.items():
+        if size >= 16:  # the prediction is to first order in 1/B
+            assert measured == pytest.approx(math.sqrt(1.5 / size), rel=0.1)
+    assert set(report.batch_noise) == {8, 16, 32, 64, 128, 256, 512}
+
+
+def test_no_drift_is_found_in_noise_alone():
+    torch.manual_seed(0)
+    model = One(64)
+    model.bn.running_var.fill_(1.0)
+    for count in (16, 64, 1024):
+        assert inspect_bn(model, [torch.randn(count, 64)], images=count, causes=0).drift < 0.1
+
+
+def test_rows_of_images_pool_to_the_moments_of_all_values():
+    x = torch.randn(6, 4, 5, 5, dtype=torch.float64) * 3 + 1
+    layer = nn.BatchNorm2d(4).double().eval()
+    with observing({"bn": layer}) as seen:
+        layer(x[:2]), layer(x[2:])
+    rows = seen.of("bn")
+    assert len(rows.counts) == 6
+    whole = rows.pooled(6)
+    torch.testing.assert_close(whole.means[0], x.mean((0, 2, 3)))
+    torch.testing.assert_close(whole.m2s[0] / whole.counts[0], x.var((0, 2, 3), correction=0))
+
+
+def test_tokens_of_one_image_are_one_row():
+    layer = nn.BatchNorm1d(4).eval()
+    x = torch.randn(3, 7, 4)
+    with observing({"bn": layer}) as seen:
+        seen.images = 3
+        layer(x.flatten(0, 1))
+    torch.testing.assert_close(seen.of("bn").means.float(), x.mean(1))
+
+
+# invariances
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_model_is_as_it_was(name):
+    model = network(name)
+    model.get_submodule(INNER[name]).eval()
+    before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    data = list(loader(16, batch_size=8, shuffle=False))
+    state = torch.random.get_rng_state()
+    report = inspect_bn(model, data, causes=1)
+    assert report.stages
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_policy_changes_no_measurement(name):
+    data = list(loader(16, batch_size=8, shuffle=False))
+    plain = inspect_bn(network(name), data, causes=0)
+    frozen = inspect_bn(bnf.freeze_bn(network(name)), data, causes=0)
+    for each in plain.layers:
+        torch.testing.assert_close(frozen.layers[each].mean_shift, plain.layers[each].mean_shift, rtol=1e-4, atol=1e-4)
+
+
+def test_how_images_are_batched_does_not_matter(backbone, characters):
+    images, labels = (torch.cat(column)[:48] for column in zip(*characters, strict=True))
+    one = inspect_bn(backbone, [(images, labels)], causes=0)
+    two = inspect_bn(backbone, list(zip(images.split(24), labels.split(24), strict=True)), causes=0)
+    for name, layer in one.layers.items():
+        torch.testing.assert_close(two.layers[name].mean_shift, layer.mean_shift, rtol=1e-4, atol=1e-5)
+    assert two.running == one.running
+    assert two.reestimated == one.reestimated
+    assert two.batch != one.batch
+
+
+def test_an_error_half_way_leaves_the_model_as_it_was(backbone, characters):
+    before, calls = copy.deepcopy(backbone.state_dict()), []
+
+    def fail(module, args):
+        calls.append(module)
+        if len(calls) == 10:
+            raise RuntimeError("interrupted")
+
+    backbone.train().layer4.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        inspect_bn(backbone, characters)
+    assert backbone.training
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+
+
+# planted faults
+
+
+def test_no_drift_on_the_data_that_the_statistics_come_from(backbone, characters):
+    report = inspect_bn(backbone, characters)
+    assert report.drift < 0.1
+    assert report.verdict.startswith("The stored statistics fit")
+    assert abs(report.gap) < 0.1
+    assert not report.stages
+
+
+def test_a_planted_shift_is_ranked_first_and_named_as_the_cause(backbone, characters):
+    layer = backbone.get_submodule(VICTIM)
+    layer.running_mean += 3 * layer.running_var.sqrt()
+    report = inspect_bn(backbone, characters)
+    assert report.ranked()[0].name == VICTIM
+    assert report.ranked()[0].drift == pytest.approx(3, rel=0.05)
+    assert report.ranked()[1].drift < 0.1  # the layers after it are not blamed
+    assert max(report.stages, key=report.stages.get) == "layer2"
+    recovered = {name: each.loss_recovered for name, each in report.layers.items() if each.loss_recovered is not None}
+    assert max(recovered, key=recovered.get) == VICTIM
+    assert recovered[VICTIM] == pytest.approx(report.gap, rel=0.15)
+    assert report.reestimated.accuracy > report.running.accuracy + 0.2
+    assert "layer2.0.bn1 is off by 3" in report.verdict
+
+
+def test_planted_noise_in_one_channel_is_found(backbone, characters):
+    layer = backbone.get_submodule(VICTIM)
+    layer.running_var[5] *= 16
+    report = inspect_bn(backbone, characters)
+    assert report.ranked()[0].name == VICTIM
+    ratios = report.layers[VICTIM].log_var_ratio
+    assert min(range(len(ratios)), key=lambda channel: ratios[channel]) == 5
+    assert ratios[5] == pytest.approx(-math.log(16), abs=0.2)
+
+
+def test_a_planted_dead_channel_is_found(backbone, characters):
+    backbone.layer2[0].conv1.weight.data[3] = 0
+    backbone.get_submodule(VICTIM).weight.data[4] = 0
+    report = inspect_bn(backbone, characters, causes=0)
+    assert 3 in report.layers[VICTIM].dead
+    assert 4 in report.layers[VICTIM].muted
+    assert "dead" in str(report)
+
+
+def test_stale_statistics_are_found(backbone, characters):
+    """Weights that moved on after the statistics were last updated."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for module in backbone.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight += 0.5 * module.weight.std() * torch.randn_like(module.weight)
+    stale = inspect_bn(backbone, characters, causes=0)
+    bnf.precise_bn(backbone, characters)
+    fresh = inspect_bn(backbone, characters, causes=0)
+    assert stale.drift > 0.5
+    assert stale.drift > 5 * fresh.drift
+
+
+def test_damaged_statistics_are_named(backbone, characters):
+    backbone.get_submodule(VICTIM).running_var[2] = torch.nan
+    report = inspect_bn(backbone, characters[:4])
+    assert report.layers[VICTIM].damaged == (2,)
+    assert report.ranked()[0].name == VICTIM
+    assert report.verdict.startswith(f"Damaged: {VICTIM} holds")
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_leftover_weight(backbone, characters):
+    report = inspect_bn(backbone, characters[:2], steps=10, causes=0)
+    assert report.layers[VICTIM].leftover == pytest.approx(0.9**10)
+
+
+# forms of data
+
+
+def test_without_labels_distances_stand_for_losses(backbone, characters):
+    layer = backbone.get_submodule(VICTIM)
+    layer.running_mean += 3 * layer.running_var.sqrt()
+    report = inspect_bn(backbone, [{"image": images} for images, _ in characters])
+    assert report.running.loss is None
+    assert report.gap == report.running.distance > 0.2
+    assert max(report.stages, key=report.stages.get) == "layer2"
+
+
+def test_only_as_many_images_as_asked_for(backbone, characters):
+    def endless():
+        while True:
+            yield from characters
+
+    assert inspect_bn(backbone, endless(), images=40, causes=0).images == 40
+
+
+@pytest.mark.parametrize("data", [[], [torch.zeros(1, 3, 32, 32)]])
+def test_too_little_data_is_an_error(backbone, data):
+    with pytest.raises(bnf.errors.StatisticsError, match="2 or more"):
+        inspect_bn(backbone, data)
+
+
+def test_report_survives_json(backbone, characters, tmp_path):
+    report = inspect_bn(backbone, characters[:4], causes=0)
+    report.save(tmp_path / "report.json")
+    read = json.loads((tmp_path / "report.json").read_text())
+    assert read["ranked"] == [layer.name for layer in report.ranked()]
+    assert read["layers"][VICTIM]["drift"] == pytest.approx(report.layers[VICTIM].drift, rel=1e-4)
+    assert read["running"]["accuracy"] == pytest.approx(report.running.accuracy)
