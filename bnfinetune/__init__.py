@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from bnfinetune.bn.domains import domain as domain
     from bnfinetune.bn.fold import fold_bn as fold_bn
     from bnfinetune.bn.fold import unfold_bn as unfold_bn
+    from bnfinetune.bn.fuse import fuse_bn as fuse_bn
+    from bnfinetune.bn.group_norm import convert_group_norm as convert_group_norm
     from bnfinetune.bn.layers import find_bn_layers as find_bn_layers
     from bnfinetune.bn.layers import register_bn_class as register_bn_class
     from bnfinetune.bn.policy import BNPolicy as BNPolicy
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from bnfinetune.bn.table import describe_bn as describe_bn
     from bnfinetune.bn.updates import no_stat_updates as no_stat_updates
     from bnfinetune.diagnose.checks import check_bn as check_bn
+    from bnfinetune.diagnose.drift import inspect_bn as inspect_bn
     from bnfinetune.diagnose.watch import watch_bn as watch_bn
     from bnfinetune.training.optim import param_groups as param_groups
     from bnfinetune.training.run import finetune as finetune
@@ -37,6 +40,7 @@ __all__ = [
     "BNPolicy",
     "apply_policy",
     "check_bn",
+    "convert_group_norm",
     "convert_sync_bn",
     "describe_bn",
     "domain",
@@ -44,7 +48,9 @@ __all__ = [
     "finetune",
     "fold_bn",
     "freeze_bn",
+    "fuse_bn",
     "get_bn_modules",
+    "inspect_bn",
     "load_policy_state",
     "no_stat_updates",
     "param_groups",
@@ -63,6 +69,7 @@ _HOMES = {
     "BNPolicy": "bnfinetune.bn.policy",
     "apply_policy": "bnfinetune.bn.policy",
     "check_bn": "bnfinetune.diagnose.checks",
+    "convert_group_norm": "bnfinetune.bn.group_norm",
     "convert_sync_bn": "bnfinetune.bn.convert",
     "describe_bn": "bnfinetune.bn.table",
     "domain": "bnfinetune.bn.domains",
@@ -70,7 +77,9 @@ _HOMES = {
     "finetune": "bnfinetune.training.run",
     "fold_bn": "bnfinetune.bn.fold",
     "freeze_bn": "bnfinetune.bn.policy",
+    "fuse_bn": "bnfinetune.bn.fuse",
     "get_bn_modules": "bnfinetune.bn.precise",
+    "inspect_bn": "bnfinetune.diagnose.drift",
     "load_policy_state": "bnfinetune.bn.saving",
     "no_stat_updates": "bnfinetune.bn.updates",
     "param_groups": "bnfinetune.training.optim",

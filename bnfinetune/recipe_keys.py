@@ -121,8 +121,8 @@ def _allowed(field: Mapping[str, Any]) -> str:
     """The values of a field, in words: `number > 0 | null`."""
     if "anyOf" in field:
         return " | ".join(_allowed(option) for option in field["anyOf"])
-    if "enum" in field:
-        return " | ".join(field["enum"])
+    if choices := field.get("enum", [field["const"]] if "const" in field else []):
+        return " | ".join(choices)
     kind = field["type"]
     if kind == "array":
         items = field.get("prefixItems")
@@ -152,7 +152,10 @@ def _number(bound: float) -> str:
 
 
 def _choices(field: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(choice for option in (field, *field.get("anyOf", ())) for choice in option.get("enum", ()))
+    """The texts that a field, or an item of its list, may be, where they are few."""
+    inside = [*field.get("anyOf", ()), *([field["items"]] if "items" in field else ())]
+    own = [*field.get("enum", ()), *([field["const"]] if "const" in field else ())]
+    return (*own, *(choice for option in inside for choice in _choices(option)))
 
 
 def _default(value: Any) -> str:

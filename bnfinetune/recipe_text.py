@@ -41,7 +41,8 @@ def read_yaml(text: str, origin: str) -> dict[Any, Any]:
     """
     root = _check_events(text, origin)
     if not isinstance(root, yaml.MappingStartEvent | None):
-        raise RecipeError(f"{origin}: found {describe(getattr(root, 'value', []))}; a recipe is a mapping of keys to values")
+        found = describe(root.value) if isinstance(root, yaml.ScalarEvent) else "a list"
+        raise RecipeError(f"{origin}: found {found}; a recipe is a mapping of keys to values")
     try:
         config = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:

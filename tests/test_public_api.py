@@ -15,6 +15,13 @@ import bnfinetune
 SOURCE = ast.parse(Path(bnfinetune.__file__).read_text(encoding="utf-8"))
 
 
+PROMISED = """
+    BNPolicy apply_policy check_bn convert_group_norm convert_sync_bn describe_bn domain find_bn_layers finetune fold_bn
+    freeze_bn fuse_bn get_bn_modules inspect_bn load_policy_state no_stat_updates param_groups policy_state precise_bn
+    register_bn_class restore_bn revert_sync_bn unfold_bn unfreeze_bn update_bn_stats watch_bn
+"""
+
+
 def run_python(code: str) -> str:
     """What a fresh interpreter prints."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -27,6 +34,10 @@ def test_every_name_is_the_documented_object_of_its_home(name):
     assert value is getattr(home, name)
     assert value.__module__ == home.__name__
     assert inspect.getdoc(value)
+
+
+def test_every_promised_name_is_there():
+    assert set(PROMISED.split()) <= set(bnfinetune.__all__)
 
 
 def test_names_are_a_literal_sorted_list_with_one_home_each():

@@ -116,6 +116,8 @@ class TestSchema:
             ("data.train_samples", "whole number >= 1 | null"),
             ("bn.affine", "trained | frozen | null"),
             ("bn.layers", "text | list of text"),
+            ("bn.momentum", "number from 0 to 1 | auto | null"),
+            ("recalibrate.at", "list of start | eval | end"),
             ("data.augment.scale", "list of 2: number from 0 to 1"),
         ],
     )
@@ -125,11 +127,12 @@ class TestSchema:
     def test_the_described_choices_are_exactly_the_accepted_ones(self):
         for section in recipe_schema().walk():
             for key in section.keys:
+                listed = key.allowed.startswith("list of ")
                 for choice in key.choices:
-                    load_recipe({}, {key.path: choice})
+                    load_recipe({}, {key.path: [choice] if listed else choice})
                 if key.choices:
-                    with pytest.raises(RecipeError, match=key.path):
-                        load_recipe({}, {key.path: "no such choice"})
+                    with pytest.raises(RecipeError, match=rf"{key.path}.*did you mean {key.choices[0]}\?"):
+                        load_recipe({}, {key.path: [f"{key.choices[0]}x"] if listed else f"{key.choices[0]}x"})
 
     def test_the_described_bounds_are_exactly_the_accepted_ones(self):
         """Read each bound back from its words, and try both sides of it."""
