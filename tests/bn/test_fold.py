@@ -191,10 +191,11 @@ def test_a_refused_change_leaves_the_model_folded():
 
 def test_unfolded_refolds_even_after_an_error_but_not_what_was_thawed():
     model = folded_toy()
-    with pytest.raises(KeyError), unfolded(model):
+    with unfolded(model):
         assert not fold_report(model).folded
         assert type(model[0]) is nn.Conv2d
-        raise KeyError
+    with pytest.raises(PolicyError), unfolded(model):
+        fold_bn(toy(), EXAMPLE)
     assert fold_report(model).folded == ["1", "4"]
     with unfolded(model):
         unfreeze_bn(model, layers="4")
@@ -225,7 +226,6 @@ def test_autocast_is_as_exact_as_with_eval_mode_bn(norm, dtype):
     truth = outcome(copy.deepcopy(plain).double(), x.double())
     with torch.autocast("cpu", dtype):
         assert model(x).dtype == plain(x).dtype == dtype
-    assert not dict(model.named_parameters())["1.weight"].dtype == dtype
     errors = {}
     for which, module in (("folded", model), ("plain", plain)):
         module.forward = torch.autocast("cpu", dtype)(module.forward)

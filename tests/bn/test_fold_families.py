@@ -1,0 +1,125 @@
+"""Folding equals eval-mode BN in every family of timm that has BN; `pytest -m slow -s` prints the table."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from bnfinetune.bn import freeze_bn
+from bnfinetune.bn.fold import fold_bn, fold_report
+from tests.bn.folding import outcome, relative_error
+from tests.bn.models import randomise
+
+# One small member of each of timm's model files with BN, and how many of its BN layers fold.
+FAMILIES = {
+    "halonet_h1": (58, 61),
+    "test_byobnet": (14, 14),
+    "convmixer_768_32": (0, 65),
+    "cpubone_nano": (19, 19),
+    "cs3darknet_focus_s": (31, 31),
+    "cspnext_tiny": (33, 33),
+    "densenet121": (59, 121),
+    "dla46x_c": (48, 48),
+    "dpn48b": (35, 54),
+    "efficientformer_l1": (33, 33),
+    "efficientformerv2_s0": (75, 75),
+    "test_efficientnet": (13, 13),
+    "efficientvim_m1": (38, 38),
+    "efficientvit_b0": (26, 26),
+    "efficientvit_m0": (112, 113),
+    "fasternet_t0": (17, 17),
+    "fastvit_t8": (70, 70),
+    "ghostnet_050": (80, 80),
+    "hardcorenas_b": (55, 55),
+    "hgnetv2_b0": (42, 42),
+    "hrnet_w18_small": (91, 91),
+    "iformer_t": (75, 75),
+    "inception_next_atto": (0, 16),
+    "inception_resnet_v2": (204, 204),
+    "inception_v3": (94, 94),
+    "inception_v4": (149, 149),
+    "lcnetv2_small": (37, 37),
+    "levit_128s": (50, 52),
+    "lowformer_b0": (27, 27),
+    "test_coatnet": (7, 7),
+    "lcnet_035": (27, 27),
+    "mobilevit_xxs": (32, 32),
+    "nasnetalarge": (264, 264),
+    "nextvit_small": (61, 61),
+    "pnasnet5large": (201, 201),
+    "regnetx_002": (44, 44),
+    "repghostnet_050": (112, 112),
+    "repvit_m1": (108, 108),
+    "res2next50": (85, 85),
+    "resnest14d": (23, 23),
+    "test_resnet": (15, 15),
+    "resnetv2_18": (8, 17),
+    "rexnet_100": (62, 62),
+    "selecsls42": (41, 41),
+    "legacy_seresnet18": (20, 20),
+    "shvit_s1": (74, 74),
+    "skresnet18": (36, 36),
+    "starnet_s050": (18, 18),
+    "swiftformer_xs": (26, 26),
+    "tiny_vit_5m_224": (27, 27),
+    "tresnet_m": (60, 60),
+    "vgg11_bn": (8, 8),
+    "vit_base_mci_224": (2, 2),
+    "visformer_tiny": (28, 28),
+    "volo_d1_224": (3, 3),
+    "ese_vovnet19b_slim": (19, 19),
+    "legacy_xception": (40, 40),
+    "xception41": (84, 84),
+    "xcit_small_12_p8_224": (15, 15),
+}
+QUICK = ("test_byobnet", "test_efficientnet", "test_resnet", "levit_128s", "lcnet_035", "resnetv2_18")
+
+
+def built(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return randomise(timm.create_model(name, num_classes=5)).train()
+
+
+def images_for(model: nn.Module) -> torch.Tensor:
+    size, fixed = model.pretrained_cfg["input_size"][-1], model.pretrained_cfg.get("fixed_input_size")
+    side = size if fixed else max(64, size // 64 * 32)
+    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def compare(name: str) -> tuple[int, int, float, float, float]:
+    """Layers folded, layers, and relative errors: of float64, of float32, and of unfolded float32 BN."""
+    model = built(name)
+    plain, x = copy.deepcopy(model).eval(), images_for(model)
+    truth = outcome(copy.deepcopy(plain).double(), x)
+    fold_bn(freeze_bn(model, affine=False))
+    report = fold_report(model)
+    model.eval()
+
+    def error(module: nn.Module) -> float:
+        found = outcome(module, x.to(next(module.parameters()).dtype))
+        return relative_error({key: value.double() for key, value in found.items()}, truth)
+
+    return len(report.folded), len(report), error(copy.deepcopy(model).double()), error(model), error(plain)
+
+
+def check(name: str) -> None:
+    folded, layers, double, single, unfolded = compare(name)
+    print(f"\n{name:24} {folded:4} of {layers:4} folded; errors: {double:.1e} float64, {single:.1e} float32, ", end="")
+    print(f"{unfolded:.1e} float32 with eval-mode BN", end="")
+    assert (folded, layers) == FAMILIES[name]
+    assert double < 1e-10
+    assert single < max(1e-4, 3 * unfolded)  # roundoff of float32 alone may move a deep network by more
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_folded_family_equals_eval_mode_bn(name):
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in QUICK])
+def test_every_folded_family_equals_eval_mode_bn(name):
+    check(name)
