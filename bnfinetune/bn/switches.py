@@ -161,12 +161,14 @@ class SwitchedBN(nn.Module):
         return type(self)._bn_tail(self, rule(self, x))
 
     def _bn_population(self) -> str | None:
-        """The domain whose statistics count; on recomputation in backward, that of the layer's last forward."""
+        """The domain whose statistics count; on recomputation in backward, that of the last forward in training."""
         if not self._bn_state.options.domains or torch.compiler.is_compiling():
             return self._bn_domain
-        if not recomputing():
+        if recomputing():
+            return self._bn_last_domain
+        if self.training:
             self._bn_last_domain = self._bn_domain
-        return self._bn_last_domain
+        return self._bn_domain
 
     def _bn_stats(self) -> RunningStats | None:
         domain = self._bn_population()
