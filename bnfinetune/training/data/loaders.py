@@ -25,7 +25,7 @@ from bnfinetune.training.data.seeding import derive_seed
 from bnfinetune.training.data.sources import DEMOS
 from bnfinetune.training.data.splits import ImageSplits
 from bnfinetune.training.data.streams import StreamSampler
-from bnfinetune.training.data.transforms import Transforms
+from bnfinetune.training.data.transforms import Transform, Transforms
 
 MAX_WORKERS: Final = 4
 """Loader processes per rank where the recipe does not say."""
@@ -220,54 +220,71 @@ def build_loaders(
     Raises:
         DataError: There are fewer training images than processes.
     """
-    ranks: dict[str, Any] = {"rank": rank, "world_size": world_size}
     workers = default_workers(data, world_size) if data.workers is None else data.workers
-    process: dict[str, Any] = {"workers": workers, "pin_memory": device_type == "cuda"}
+    kit = _Kit(
+        splits,
+        transforms,
+        data,
+        process={"workers": workers, "pin_memory": device_type == "cuda"},
+        ranks={"rank": rank, "world_size": world_size},
+        domains=_domain_numbers(splits, domains),
+    )
+    train_order, clean_order = kit.train_orders(batch_size, eval_batch_size, seed)
+    return Loaders(
+        train=TrainLoader(kit.train_reader(transforms.train, seed), train_order, persistent=True, **kit.process),
+        val=kit.evaluation("val", splits.val, eval_batch_size, persistent=True),
+        test=None if splits.test is None else kit.evaluation("test", splits.test, eval_batch_size, persistent=False),
+        stats=ImageLoader(kit.train_reader(transforms.eval), clean_order, persistent=False, **kit.process),
+    )
 
-    def reader(role: str, split: Any, **options: Any) -> ImageReader:
-        where = f"split {splits.names[role]!r} of {splits.source}"
+
+@dataclass(frozen=True)
+class _Kit:
+    """What all loaders of a rank share."""
+
+    splits: ImageSplits
+    transforms: Transforms
+    data: Data
+    process: dict[str, Any]
+    ranks: dict[str, Any]
+    domains: NDArray[np.int64] | None
+
+    def reader(self, role: str, split: Any, transform: Transform, **options: Any) -> ImageReader:
         return ImageReader(
             split,
-            (splits.image_column, splits.label_column),
-            where=where,
-            max_pixels=data.max_pixels,
-            skip=data.on_error == "skip",
-            in_memory=workers == 0,
+            (self.splits.image_column, self.splits.label_column),
+            transform=transform,
+            where=f"split {self.splits.names[role]!r} of {self.splits.source}",
+            max_pixels=self.data.max_pixels,
+            skip=self.data.on_error == "skip",
+            in_memory=self.process["workers"] == 0,
             **options,
         )
 
-    def evaluation(role: str, split: Any, persistent: bool) -> EvalLoader:
-        if isinstance(split, IterableDataset):
-            sampler: Any = StreamSampler(split, eval_batch_size, **ranks)
-        else:
-            sampler = EvalSampler(len(split), eval_batch_size, **ranks)
-        return EvalLoader(reader(role, split, transform=transforms.eval), sampler, persistent=persistent, **process)
+    def train_reader(self, transform: Transform, seed: int | None = None) -> ImageReader:
+        return self.reader("train", self.splits.train, transform, seed=seed, domains=self.domains)
 
-    numbers = _domain_numbers(splits, domains)
-    statistics_seed = derive_seed(seed, _STATISTICS)
-    if isinstance(splits.train, IterableDataset):
-        buffer: dict[str, Any] = {"buffer_size": data.shuffle_buffer}
-        train: Any = StreamSampler(splits.train, batch_size, seed=seed, endless=True, **buffer, **ranks)
-        clean: Any = StreamSampler(splits.train, eval_batch_size, seed=statistics_seed, **buffer, **ranks)
-    else:
-        train = TrainSampler(len(splits.train), batch_size, seed=seed, spread=numbers, **ranks)
-        clean = TrainSampler(len(splits.train), eval_batch_size, seed=statistics_seed, even=True, **ranks)
-    return Loaders(
-        train=TrainLoader(
-            reader("train", splits.train, transform=transforms.train, seed=seed, domains=numbers),
-            train,
-            persistent=True,
-            **process,
-        ),
-        val=evaluation("val", splits.val, persistent=True),
-        test=None if splits.test is None else evaluation("test", splits.test, persistent=False),
-        stats=ImageLoader(
-            reader("train", splits.train, transform=transforms.eval, domains=numbers),
-            clean,
-            persistent=False,
-            **process,
-        ),
-    )
+    def train_orders(self, batch_size: int, clean_size: int, seed: int) -> tuple[Any, Any]:
+        """Samplers of the training images: for training, and for statistics."""
+        train, ranks = self.splits.train, self.ranks
+        clean_seed = derive_seed(seed, _STATISTICS)
+        if isinstance(train, IterableDataset):
+            buffer_size = self.data.shuffle_buffer
+            return (
+                StreamSampler(train, batch_size, seed=seed, buffer_size=buffer_size, endless=True, **ranks),
+                StreamSampler(train, clean_size, seed=clean_seed, buffer_size=buffer_size, **ranks),
+            )
+        return (
+            TrainSampler(len(train), batch_size, seed=seed, spread=self.domains, **ranks),
+            TrainSampler(len(train), clean_size, seed=clean_seed, even=True, **ranks),
+        )
+
+    def evaluation(self, role: str, split: Any, size: int, *, persistent: bool) -> EvalLoader:
+        if isinstance(split, IterableDataset):
+            order: Any = StreamSampler(split, size, **self.ranks)
+        else:
+            order = EvalSampler(len(split), size, **self.ranks)
+        return EvalLoader(self.reader(role, split, self.transforms.eval), order, persistent=persistent, **self.process)
 
 
 def _domain_numbers(splits: ImageSplits, domains: Sequence[str]) -> NDArray[np.int64] | None:

@@ -103,16 +103,17 @@ def load_splits(data: Data, seed: int) -> ImageSplits:
     Raises:
         DataError: With one line that names the file, split, column or class and the remedy.
     """
+    if data.streaming and data.domain_column is not None:
+        raise DataError("data.domain_column is not read from a stream: unset data.streaming")
     opened = open_source(data)
     names = _choose_splits(list(opened), data)
     where = {role: f"split {name!r} of {data.source}" for role, name in names.items()}
     splits = {role: _resolved(opened[name], where[role]) for role, name in names.items()}
     image, label = find_columns(splits["train"].features, data, where["train"])
-    further = {"train": [] if data.domain_column is None else [data.domain_column]}
-    splits = {
-        role: _chosen_columns(split, [image, label, *further.get(role, [])], where[role])
-        for role, split in splits.items()
-    }
+    columns = {role: [image, label] for role in splits}
+    if data.domain_column is not None:
+        columns["train"].append(data.domain_column)
+    splits = {role: _chosen_columns(split, columns[role], where[role]) for role, split in splits.items()}
     if any(isinstance(split, datasets.IterableDataset) for split in splits.values()):
         return _stream_splits(splits, names, data, image, label)
 
@@ -125,21 +126,10 @@ def load_splits(data: Data, seed: int) -> ImageSplits:
         parts["train"], parts["val"] = _hold_out(parts["train"], classes, data, seed)
         names["val"] = names["train"]
     parts["train"] = _subset(parts["train"], data, seed)
-    final = {role: part.split for role, part in parts.items()}
     if data.streaming:
-        final["train"] = final["train"].to_iterable_dataset(num_shards=min(_STREAM_SHARDS, len(final["train"])))
-    return ImageSplits(
-        final["train"],
-        final["val"],
-        final.get("test"),
-        classes,
-        image,
-        label,
-        data.source,
-        names,
-        tuple(skipped),
-        data.domain_column,
-    )
+        parts["train"] = parts["train"].as_stream()
+    train, val, test = (parts[role].split if role in parts else None for role in ("train", "val", "test"))
+    return ImageSplits(train, val, test, classes, image, label, data.source, names, tuple(skipped), data.domain_column)
 
 
 class _Part(NamedTuple):
@@ -150,6 +140,9 @@ class _Part(NamedTuple):
 
     def select(self, rows: Indices) -> _Part:
         return _Part(self.split.select(rows), self.labels[rows])
+
+    def as_stream(self) -> _Part:
+        return self._replace(split=self.split.to_iterable_dataset(num_shards=min(_STREAM_SHARDS, len(self.labels))))
 
 
 def _choose_splits(found: list[str], data: Data) -> dict[str, str]:
@@ -256,8 +249,6 @@ def _subset(part: _Part, data: Data, seed: int) -> _Part:
 def _stream_splits(splits: dict[str, Any], names: dict[str, str], data: Data, image: str, label: str) -> ImageSplits:
     """Splits that cannot be counted beforehand: the column's type or `data.classes` must tell the classes."""
     where = f"column {label!r} of split {names['train']!r} of {data.source}"
-    if data.domain_column is not None:
-        raise DataError("data.domain_column is not read from a stream: unset data.streaming")
     if "val" not in splits:
         raise DataError(f"{data.source}: a stream needs a validation split of its own, found {listed(names.values())}")
     if data.train_samples is not None:

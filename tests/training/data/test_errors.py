@@ -130,6 +130,7 @@ CASES: dict[str, Case] = {
     "mixed kinds": (both(file("x.tar", b"x"), TRAIN), {"source": "{root}/*"}, "files of the kinds '.parquet', '.tar'"),
     "stream without validation": (TRAIN, STREAM, "needs a validation split"),
     "stream with samples": (both(TRAIN, VAL), STREAM | {"train_samples": 2}, "data.train_samples cannot be chosen"),
+    "stream with domains": (TRAIN, STREAM | {"domain_column": "kind"}, "data.domain_column is not read from a stream"),
     "stream without rows": (both(EMPTY, VAL), STREAM, "is empty"),
 }
 
