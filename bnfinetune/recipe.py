@@ -59,6 +59,13 @@ class Model(Section):
         default="auto",
         description="auto keeps the pretrained classifier rows of classes that it knows by name; new starts afresh",
     )
+    group_norm: Positive | None = Field(
+        default=None,
+        description="replace BatchNorm by GroupNorm of at most so many groups, calibrated on training images",
+    )
+    weight_standardisation: bool = Field(
+        default=False, description="group_norm: standardise the filters of the convolutions before it too"
+    )
     trainable: Literal["all", "bn_and_head", "head"] = Field(default="all", description="which parameters learn")
     compile: bool = Field(default=False, description="torch.compile the training step's model")
     grad_checkpointing: bool = Field(default=False, description="recompute activations in backward to save memory")
@@ -337,6 +344,12 @@ class Recipe(Section):
     evaluate: Evaluate = Field(default_factory=Evaluate)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     run: Run = Field(default_factory=Run)
+
+    @model_validator(mode="after")
+    def _standardisation_needs_groups(self) -> Recipe:
+        if self.model.weight_standardisation and self.model.group_norm is None:
+            raise ValueError("model.weight_standardisation goes with GroupNorm: set model.group_norm, such as 32")
+        return self
 
     @model_validator(mode="after")
     def _streams_need_steps(self) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf  # the public save_for_hf refuses channels_last weights
 from torch import nn
 
+from bnfinetune.bn.layers import is_bn_layer
 from bnfinetune.bn.saving import load_policy_state, policy_state
 from bnfinetune.errors import CheckpointError
-from bnfinetune.training.folder import complete_folder, write_folder, write_text
+from bnfinetune.training.folder import complete_folder, write_folder, write_json, write_text
 from bnfinetune.training.provenance import write_provenance
 
 WEIGHTS = "model.safetensors"
@@ -31,8 +33,11 @@ def save_export(
     data_config: Mapping[str, Any],
     recipe_text: str,
     statistics: dict[str, Any],
+    norms: Mapping[str, Any],
 ) -> None:
     """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads with nothing but timm.
+
+    The exception is a network whose BatchNorm has become GroupNorm, which timm cannot build; `norms` then says how.
 
     It holds weights, preprocessing, class names, the recipe that made it, and where its statistics come from.
     """
@@ -41,6 +46,9 @@ def save_export(
         save_tensors(target / WEIGHTS, model.state_dict())
         labels = {"label_names": list(class_names)}
         save_config_for_hf(model, str(target / "config.json"), model_config=labels, data_config=dict(data_config))
+        if norms:
+            config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+            write_json(target / "config.json", {**config, **norms})
         write_text(target / RECIPE, recipe_text)
         write_provenance(target, model, statistics)
 
@@ -102,7 +110,7 @@ class StateStore:
         def fill(target: Path) -> None:
             for name, model in models.items():
                 save_tensors(target / f"{name}.safetensors", model.state_dict())
-            policies = {name: policy_state(model) for name, model in models.items()}
+            policies = {name: policy_state(model) for name, model in models.items() if _has_bn(model)}
             torch.save({**trainer, "policies": policies}, target / _TRAINER)
             write_text(target / RECIPE, recipe_text)
 
@@ -124,6 +132,10 @@ class StateStore:
         return None, passed
 
 
+def _has_bn(model: nn.Module) -> bool:
+    return any(is_bn_layer(module) for module in model.modules())
+
+
 def load_state(folder: Path, models: Mapping[str, nn.Module]) -> dict[str, Any]:
     """Load a state's weights and policies into `models` and return the rest of it.
 
@@ -134,7 +146,8 @@ def load_state(folder: Path, models: Mapping[str, nn.Module]) -> dict[str, Any]:
         trainer: dict[str, Any] = torch.load(folder / _TRAINER, map_location="cpu", weights_only=True)
         for name, model in models.items():
             model.load_state_dict(load_file(str(folder / f"{name}.safetensors")))
-            load_policy_state(model, trainer["policies"][name])
+            if name in trainer["policies"]:
+                load_policy_state(model, trainer["policies"][name])
     except Exception as error:  # torch, safetensors and pickle raise each their own
         raise CheckpointError(f"{folder} cannot be resumed: {error}") from error
     return trainer

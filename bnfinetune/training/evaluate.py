@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from bnfinetune.errors import CheckpointError, DataError
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import load_recipe
 from bnfinetune.training.backbone import input_config
-from bnfinetune.training.checkpoint import RECIPE
+from bnfinetune.training.checkpoint import RECIPE, load_weights
 from bnfinetune.training.data.splits import load_splits
 from bnfinetune.training.feed import recipe_loaders
 from bnfinetune.training.metrics import Metrics, Tally
+from bnfinetune.training.norms import CONFIG_KEY, rebuild_norms
 from bnfinetune.training.provenance import check_provenance
 from bnfinetune.training.start import start_accelerator
 
@@ -83,7 +86,8 @@ def evaluate_checkpoint(checkpoint: str, overrides: Sequence[str] = ()) -> dict[
     check_classes(model, splits.class_names, folder)
     loaders = recipe_loaders(recipe, splits, input_config(model, None), accelerator)
     measured = {"validation": loaders.val} | ({} if loaders.test is None else {"test": loaders.test})
-    return {name: measure(model, loader, model.num_classes, accelerator) for name, loader in measured.items()}
+    with closing(loaders):
+        return {name: measure(model, loader, model.num_classes, accelerator) for name, loader in measured.items()}
 
 
 def load_exported(folder: Path) -> Any:
@@ -93,7 +97,12 @@ def load_exported(folder: Path) -> Any:
         CheckpointError: It cannot be loaded.
     """
     try:
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        plain = CONFIG_KEY not in config
+        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=plain)
+        if not plain:
+            rebuild_norms(model, config, model.pretrained_cfg["input_size"])
+            model.load_state_dict(load_weights(folder))
     except Exception as error:  # timm, torch, safetensors and json raise each their own
         raise CheckpointError(f"checkpoint: {folder} cannot be loaded ({error})") from error
     check_provenance(folder, model)

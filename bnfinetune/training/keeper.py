@@ -23,6 +23,7 @@ from bnfinetune.training.evaluate import measure
 from bnfinetune.training.folder import append_line, complete_folder, write_text
 from bnfinetune.training.loop import Trainer
 from bnfinetune.training.metrics import Metrics
+from bnfinetune.training.norms import norm_config
 from bnfinetune.training.recalibrate import recalibrate
 from bnfinetune.training.report import environment, metrics_table, write_report
 from bnfinetune.training.resume import RunFolder, create_run
@@ -106,8 +107,8 @@ class Keeper:
 
     def _export(self, network: nn.Module) -> None:
         if self.accelerator.is_main_process:
-            path = self.folder / "best"
-            save_export(path, network, self.class_names, self.data_config, self.recipe_text, self.statistics)
+            path, norms = self.folder / "best", norm_config(self.trainer.recipe.model)
+            save_export(path, network, self.class_names, self.data_config, self.recipe_text, self.statistics, norms)
 
     def _measure_all(self, network: nn.Module) -> dict[str, Metrics]:
         return {name: self._measure(name, network) for name in self.splits}

@@ -24,7 +24,7 @@ from bnfinetune.bn.domains import domain, export_domain
 from bnfinetune.bn.layers import is_bn_layer
 from bnfinetune.bn.ranks import merge_running_stats
 from bnfinetune.bn.updates import StatSnapshot
-from bnfinetune.errors import TrainingError
+from bnfinetune.errors import DataError, TrainingError
 from bnfinetune.recipe import Recipe
 from bnfinetune.training.data.loaders import Loaders
 from bnfinetune.training.data.mixing import build_mixup
@@ -188,7 +188,14 @@ class Trainer:
         )
         with bar:
             while not self.is_over:
-                self._epoch(bar, pause)
+                try:
+                    self._epoch(bar, pause)
+                except RuntimeError as error:  # torch's signal handler may raise it in the midst of an update
+                    if "DataLoader worker" not in str(error):
+                        raise
+                    raise DataError(
+                        f"a data worker died, often for want of memory: lower data.workers ({error})".splitlines()[0]
+                    ) from error
 
     @property
     def is_over(self) -> bool:

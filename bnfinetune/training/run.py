@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from bnfinetune.training.feed import recipe_loaders
 from bnfinetune.training.keeper import Keeper
 from bnfinetune.training.loop import Trainer
 from bnfinetune.training.metrics import Metrics
+from bnfinetune.training.norms import convert_recipe_norms
 from bnfinetune.training.optim import describe_groups
 from bnfinetune.training.phases import apply_recipe_policies
 from bnfinetune.training.resume import choose_run
@@ -69,6 +71,7 @@ def train(recipe: Recipe) -> RunResult:
     restrict_training(model, recipe.model.trainable)
     data_config = input_config(model, recipe.data.image_size)
     loaders = recipe_loaders(recipe, splits, data_config, accelerator)
+    convert_recipe_norms(model, recipe.model, loaders, say)
     apply_recipe_policies(model, recipe, loaders.train.batches)
     least = smallest_batch(model, data_config["input_size"], recipe.train.batch_size, loaders.train.rarest_share)
     dropped = loaders.train.drop_remainder(least)
@@ -77,9 +80,10 @@ def train(recipe: Recipe) -> RunResult:
     seed_ranks(recipe.run, same_on_all=False)
     source = {"computed": "as stored and trained", "source": recipe.data.source, "fingerprint": splits.fingerprint()}
     keeper = Keeper(trainer, folder, dump_recipe(recipe), splits.class_names, data_config, source, say)
-    before = keeper.begin(headline(trainer, splits, dropped))
-    trainer.fit(keeper.pause)
-    best, after = keeper.finish()
+    with closing(loaders):
+        before = keeper.begin(headline(trainer, splits, dropped))
+        trainer.fit(keeper.pause)
+        best, after = keeper.finish()
     return RunResult(folder.path, recipe, before, after, best, keeper.history)
 
 

@@ -237,3 +237,16 @@ def test_ranks_agree_through_freezes_and_re_estimation(images, tmp_path, free_po
     for recipe in ("freeze_tail", "precise_bn", "sync_bn"):
         first, second = (torch.load(tmp_path / f"{recipe}-{rank}.pt", weights_only=True) for rank in (0, 1))
         assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
+@pytest.mark.parametrize("standardised", [False, True])
+def test_group_norm_networks_train_and_load_again(standardised, images, tmp_path):
+    write_weights(tmp_path / "start.safetensors", "resnet18")
+    options = {"model.name": "resnet18", "model.checkpoint": tmp_path / "start.safetensors",
+               "model.weight_standardisation": standardised, "train.epochs": 1}  # fmt: skip
+    result = bnf.finetune("group_norm", **settings(images, tmp_path / "run", **options))
+    loaded = load_exported(tmp_path / "run" / "best")
+    assert any(isinstance(module, torch.nn.GroupNorm) for module in loaded.modules())
+    batch = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(batch), result.model.eval()(batch))
