@@ -103,9 +103,10 @@ def train(arguments: Arguments) -> None:
 
 
 @verb(
-    "checkpoint=FOLDER [format=table|json] [key=value ...]",
+    "checkpoint=FOLDER [adapt=none|adabn|mix|tent] [format=table|json] [key=value ...]",
     overrides=True,
-    checkpoint="a run folder (its best checkpoint is taken), RUN/best, RUN/last, or any folder that timm saved",
+    adapt="how a copy of the network adapts to the images, labels unused: none (default), adabn, mix or tent",
+    checkpoint="a run folder (its best checkpoint is taken), RUN/best, or any folder that timm saved",
     format="table (default) or json",
 )
 def evaluate(arguments: Arguments) -> None:
@@ -114,16 +115,23 @@ def evaluate(arguments: Arguments) -> None:
     Examples:
       bnfinetune evaluate checkpoint=runs/freeze_bn
       bnfinetune evaluate checkpoint=runs/freeze_bn/best data.source=path/to/images format=json
+      bnfinetune evaluate checkpoint=runs/freeze_bn adapt=adabn
     """
     from bnfinetune.recipe_files import load_recipe
 
     checkpoint = _checkpoint(arguments)
     form = arguments.choose("format", "table", "json")
-    load_recipe({}, arguments.overrides)
+    adapt = arguments.choose("adapt", "none", "adabn", "mix", "tent")
+    overrides = (
+        [*arguments.overrides, f"evaluate.adapt={adapt}"] if "adapt" in arguments.options else arguments.overrides
+    )
+    load_recipe({}, overrides)
 
     from bnfinetune.training.evaluate import evaluate_checkpoint
+    from bnfinetune.training.start import leave_ranks
 
-    measured = evaluate_checkpoint(checkpoint, arguments.overrides)
+    measured = evaluate_checkpoint(checkpoint, overrides)
+    leave_ranks()
     if _rank() != 0:
         return
     if form == "json":
@@ -139,7 +147,7 @@ def evaluate(arguments: Arguments) -> None:
 @verb(
     "checkpoint=FOLDER IMAGE_OR_FOLDER ... [top=5] [format=table|jsonl]",
     paths=True,
-    checkpoint="a run folder (its best checkpoint is taken), RUN/best, RUN/last, or any folder that timm saved",
+    checkpoint="a run folder (its best checkpoint is taken), RUN/best, or any folder that timm saved",
     top="classes per image, the likeliest first (default 5)",
     format="table (default), or jsonl: one JSON object per image",
 )
@@ -160,12 +168,42 @@ def predict(arguments: Arguments) -> None:
 
     from bnfinetune.training.predict import predict as predictions
 
+    if _rank() != 0:
+        return  # each rank would do the same work
     for record in predictions(checkpoint, arguments.paths, int(top)):
         if form == "jsonl":
             print(json.dumps(record), flush=True)
         else:
             ranked = "  ".join(f"{guess['label']} {guess['probability']:.1%}" for guess in record["top"])
             print(f"{record['path']}  {ranked}", flush=True)
+
+
+@verb(
+    "checkpoint=FOLDER out=FOLDER [key=value ...]",
+    overrides=True,
+    checkpoint="a run folder (its best checkpoint is taken), RUN/best, or any folder that timm saved",
+    out="the new folder",
+)
+def recalibrate(arguments: Arguments) -> None:
+    """Compute a checkpoint's BatchNorm statistics anew from data, and write the network with them to a new folder.
+
+    Examples:
+      bnfinetune recalibrate checkpoint=runs/full out=runs/full-precise
+      bnfinetune recalibrate checkpoint=runs/full out=adapted data.source=path/to/images recalibrate.data=target
+    """
+    from bnfinetune.recipe_files import load_recipe
+
+    checkpoint = _checkpoint(arguments)
+    out = arguments.need("out", "write out=FOLDER, a folder that does not exist yet")
+    load_recipe({}, arguments.overrides)
+
+    from bnfinetune.training.recalibrate import recalibrate_checkpoint
+    from bnfinetune.training.start import leave_ranks
+
+    report = recalibrate_checkpoint(checkpoint, out, arguments.overrides)
+    leave_ranks()
+    if _rank() == 0:
+        print(f"{report}\nwritten to {out}")
 
 
 @verb("")

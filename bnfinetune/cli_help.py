@@ -34,8 +34,10 @@ def print_all(verbs: Mapping[str, Verb]) -> None:
     for name, verb in verbs.items():
         table.add_row(Text(name, style="cyan"), Text(verb.summary))
     console.print(table, Text("\nbnfinetune VERB --help says more about one.\n"))
-    for section in recipe_schema().walk():
-        console.print(_section_table(section), Text())
+    sections = list(recipe_schema().walk())
+    width = max(len(key.leaf) for section in sections for key in section.keys)
+    for section in sections:
+        console.print(_section_table(section, width), Text())
 
 
 def print_verb(name: str, verb: Verb) -> None:
@@ -59,9 +61,9 @@ class _Console(Console):
         raise BrokenPipeError
 
 
-def _section_table(section: RecipeSection) -> Table:
+def _section_table(section: RecipeSection, key_width: int) -> Table:
     table = _table(f"{section.path or 'recipe'}: {section.help}")
-    for name, width in (("key", 18), ("values", 24), ("default", 14), ("", None)):
+    for name, width in (("key", key_width), ("values", 24), ("default", 14), ("", None)):
         table.add_column(name, width=width)
     table.show_header = True
     for key in section.keys:

@@ -125,6 +125,8 @@ class TestSchema:
         assert find_key(path).allowed == allowed
 
     def test_the_described_choices_are_exactly_the_accepted_ones(self):
+        assert find_key("bn.momentum").choices == ("auto",)
+        assert find_key("recalibrate.at").choices == ("start", "eval", "end")
         for section in recipe_schema().walk():
             for key in section.keys:
                 listed = key.allowed.startswith("list of ")
