@@ -300,6 +300,12 @@ class Evaluate(Section):
         default=None, description="optimizer updates between evaluations, instead of epochs"
     )
     batch_size: Positive = Field(default=256, description="images per process and forward")
+    adapt: Literal["none", "adabn", "mix", "tent"] = Field(
+        default="none", description="verb evaluate: how the network adapts to the images it is measured on, unlabelled"
+    )
+    adapt_samples: Positive | None = Field(default=None, description="adapt=adabn: images used; null: all")
+    adapt_prior: Rate = Field(default=16.0, description="adapt=mix: images that the stored statistics count for")
+    adapt_lr: AboveZero = Field(default=1e-3, description="adapt=tent: learning rate")
     domain: str | None = Field(
         default=None,
         description="domain whose statistics evaluation and the exported network use; null: the last of bn.domains",

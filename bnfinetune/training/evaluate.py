@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from bnfinetune.bn.adapt import adapt_model
 from bnfinetune.bn.precise import evaluation_mode
 from bnfinetune.errors import CheckpointError, DataError
 from bnfinetune.recipe import Recipe
@@ -34,7 +35,8 @@ def measure(model: nn.Module, loader: Any, num_classes: int, accelerator: Accele
     """
     tally = Tally(num_classes)
     memory_format = input_format(model)
-    with evaluation_mode(model), torch.inference_mode(), accelerator.autocast():
+    # no inference mode: entropy minimisation at test time takes gradients
+    with evaluation_mode(model), torch.no_grad(), accelerator.autocast():
         for images, labels, *_ in loader:
             images = images.to(accelerator.device, non_blocking=True, memory_format=memory_format)
             tally.add(model(images), labels.to(accelerator.device, non_blocking=True))
@@ -87,7 +89,24 @@ def evaluate_checkpoint(checkpoint: str, overrides: Sequence[str] = ()) -> dict[
     loaders = recipe_loaders(recipe, splits, input_config(model, None), accelerator)
     measured = {"validation": loaders.val} | ({} if loaders.test is None else {"test": loaders.test})
     with closing(loaders):
-        return {name: measure(model, loader, model.num_classes, accelerator) for name, loader in measured.items()}
+        return {
+            name: measure(_adapted(model, recipe, loader), loader, model.num_classes, accelerator)
+            for name, loader in measured.items()
+        }
+
+
+def _adapted(model: nn.Module, recipe: Recipe, loader: Any) -> nn.Module:
+    """`model`, or a copy that adapts to the images of `loader` as `evaluate.adapt` says."""
+    section = recipe.evaluate
+    images = (batch[0] for batch in loader) if section.adapt == "adabn" else None
+    return adapt_model(
+        model,
+        section.adapt,
+        images,
+        num_samples=section.adapt_samples,
+        mix_prior=section.adapt_prior,
+        lr=section.adapt_lr,
+    )
 
 
 def load_exported(folder: Path) -> Any:

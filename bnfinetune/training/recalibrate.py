@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
 from typing import Any
 
 from accelerate import Accelerator
@@ -13,8 +13,16 @@ from bnfinetune.bn.domains import domain
 from bnfinetune.bn.precise import precise_bn
 from bnfinetune.bn.precise_report import PreciseBNReport
 from bnfinetune.recipe import Recalibrate, Recipe
+from bnfinetune.recipe_files import dump_recipe
+from bnfinetune.training.backbone import input_config
+from bnfinetune.training.checkpoint import save_export
 from bnfinetune.training.data.loaders import ImageLoader, Loaders
-from bnfinetune.training.feed import domains_of, evaluated_domain
+from bnfinetune.training.data.splits import load_splits
+from bnfinetune.training.evaluate import checkpoint_recipe, load_exported
+from bnfinetune.training.feed import domains_of, evaluated_domain, recipe_loaders
+from bnfinetune.training.folder import choose_folder
+from bnfinetune.training.norms import norm_config
+from bnfinetune.training.start import start_accelerator
 
 
 def recalibrate(
@@ -54,6 +62,40 @@ def recalibrate(
             include_frozen=True,
             **selection,
         )
+
+
+def recalibrate_checkpoint(checkpoint: str, out: str, overrides: Sequence[str] = ()) -> PreciseBNReport:
+    """Write a copy of an exported network with statistics computed anew; `bnfinetune recalibrate` calls this.
+
+    Args:
+        checkpoint: A run folder, an exported folder such as RUN/best, or any folder that timm saved.
+        out: The new folder, which must not exist.
+        overrides: `data.*`, `recalibrate.*` and `evaluate.batch_size` overrides of the recipe saved in the folder.
+
+    Raises:
+        CheckpointError: The folder holds no network, or `out` is taken.
+        StatisticsError: The pass failed; nothing is written.
+    """
+    folder, recipe = checkpoint_recipe(checkpoint, overrides)
+    target = choose_folder(out, "recalibrated")
+    accelerator = start_accelerator(recipe.train.mixed_precision)
+    model = load_exported(folder).to(accelerator.device)
+    splits = load_splits(recipe.data, recipe.run.seed)
+    data_config = input_config(model, recipe.data.image_size)
+    with closing(recipe_loaders(recipe, splits, data_config, accelerator)) as loaders:
+        report = recalibrate(model, loaders, recipe, accelerator, exported=True)
+    if accelerator.is_main_process:
+        names = model.pretrained_cfg.get("label_names") or [str(number) for number in range(model.num_classes)]
+        source = {
+            "computed": "precise-BN",
+            "images": report.samples,
+            "data": recipe.recalibrate.data,
+            "source": recipe.data.source,
+            "fingerprint": splits.fingerprint(),
+        }
+        save_export(target, model, names, data_config, dump_recipe(recipe), source, norm_config(recipe.model))
+    accelerator.wait_for_everyone()
+    return report
 
 
 def _images(loader: ImageLoader, number: int | None) -> Iterator[Tensor]:

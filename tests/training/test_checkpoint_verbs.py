@@ -14,7 +14,7 @@ import bnfinetune as bnf
 from bnfinetune.cli import main
 from bnfinetune.training.evaluate import evaluate_checkpoint
 from bnfinetune.training.predict import predict
-from tests.training.support import CLASSES, write_images
+from tests.training.support import CLASSES, bn_keys, exported, write_images
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +100,27 @@ assert model.pretrained_cfg["label_names"] == {list(CLASSES)!r}
 assert "bnfinetune" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_recalibrate_writes_a_new_folder_whose_statistics_are_the_datas(result, tmp_path, capsys):
+    before = exported(result.folder / "best")
+    assert (
+        main(["recalibrate", f"checkpoint={result.folder}", f"out={tmp_path / 'new'}", "recalibrate.data=target"]) == 0
+    )
+    assert "written to" in capsys.readouterr().out
+    after = exported(tmp_path / "new")
+    keys = bn_keys("test_resnet")
+    assert any(not torch.equal(before[key], after[key]) for key in keys["statistics"])
+    assert all(torch.equal(before[key], after[key]) for key in keys["affine"] | keys["other"] | keys["head"])
+    assert main(words) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("adapt", ["adabn", "mix", "tent"])
+def test_evaluate_adapts_a_copy(adapt, result, capsys):
+    plain = evaluate_checkpoint(str(result.folder))["validation"]
+    assert main(["evaluate", f"checkpoint={result.folder}", f"adapt={adapt}", "format=json"]) == 0
+    adapted = json.loads(capsys.readouterr().out)["validation"]
+    assert adapted["images"] == plain.images
+    assert adapted["loss"] != plain.loss
+    assert evaluate_checkpoint(str(result.folder))["validation"].loss == plain.loss
