@@ -104,9 +104,8 @@ assert "bnfinetune" not in sys.modules
 
 def test_recalibrate_writes_a_new_folder_whose_statistics_are_the_datas(result, tmp_path, capsys):
     before = exported(result.folder / "best")
-    assert (
-        main(["recalibrate", f"checkpoint={result.folder}", f"out={tmp_path / 'new'}", "recalibrate.data=target"]) == 0
-    )
+    words = ["recalibrate", f"checkpoint={result.folder}", f"out={tmp_path / 'new'}"]
+    assert main([*words, "recalibrate.data=target"]) == 0
     assert "written to" in capsys.readouterr().out
     after = exported(tmp_path / "new")
     keys = bn_keys("test_resnet")
