@@ -135,7 +135,6 @@ class _Lab:
             batch_noise=_batch_noise(self.layers, batches, self.sample.sizes),
             stages={},
             training_images=training_images,
-            chance=1 / batch.shape[1] if batch.ndim == 2 else 0.0,
             untouched=all(is_untouched(layer) for layer in self.layers.values()),
         )
 
@@ -144,9 +143,7 @@ class _Lab:
         if not causes or report.drift <= FITS:
             return report
         baseline = _cost(report.running)
-        stages = {
-            prefix: baseline - self._cost_of(names) for prefix, names in _stages(list(report.layers)).items()
-        }
+        stages = {prefix: baseline - self._cost_of(names) for prefix, names in _stages(list(report.layers)).items()}
         worst = {layer.name for layer in report.ranked()[:causes]}
         layers = {
             name: replace(layer, loss_recovered=baseline - self._cost_of([name])) if name in worst else layer
@@ -217,6 +214,7 @@ def _layer_report(
     assert stats is not None
     seen = compare(layer, trained)
     momentum = getattr(layer, "momentum", None)
+    channels = _channels(layer, trained)
     return LayerReport(
         name=name,
         type=native_class(layer).__name__,
@@ -227,7 +225,10 @@ def _layer_report(
         log_var_ratio=tuple(seen.log_var_ratio.tolist()),
         symmetric_kl=tuple(seen.symmetric_kl.tolist()),
         noise=tuple(seen.noise(size) for size in BATCH_SIZES),
-        **_channels(layer, trained),
+        dead=channels["dead"],
+        starved=channels["starved"],
+        muted=channels["muted"],
+        damaged=channels["damaged"],
         momentum=momentum,
         batches=None if stats.batches is None else int(stats.batches),
         leftover=None if steps is None or momentum is None else (1 - momentum) ** steps,
@@ -248,7 +249,12 @@ def _channels(layer: Any, rows: Rows) -> dict[str, tuple[int, ...]]:
     if weight is not None:
         size = weight.detach().abs().cpu()
         muted = size < 1e-3 * size.max()
-    marks = {"dead": measured < layer.eps, "starved": (stored < layer.eps) & ~damaged, "muted": muted, "damaged": damaged}
+    marks = {
+        "dead": measured < layer.eps,
+        "starved": (stored < layer.eps) & ~damaged,
+        "muted": muted,
+        "damaged": damaged,
+    }
     return {word: tuple(mark.nonzero().flatten().tolist()) for word, mark in marks.items()}
 
 

@@ -98,7 +98,6 @@ class DriftReport:
         batch_noise: measured distance of each batch's statistics from the population's, worst layer, by batch size.
         stages: what each stage's normalisation by the data takes off the loss (or the distance), by prefix.
         training_images: size of the training set, if known.
-        chance: accuracy of guessing among the classes.
         untouched: whether all stored statistics are those of construction.
     """
 
@@ -111,7 +110,6 @@ class DriftReport:
     batch_noise: dict[int, float]
     stages: dict[str, float]
     training_images: int | None = None
-    chance: float = 0.0
     untouched: bool = False
 
     def ranked(self) -> list[LayerReport]:
@@ -155,8 +153,8 @@ class DriftReport:
         apart = [layer for layer in self.layers.values() if layer.urgency > FITS]
         word = "do not fit" if self.drift > FOREIGN else "drift from"
         return (
-            f"The stored statistics {word} these images: {worst.name or 'the layer'} is off by {worst.drift:.2g} standard "
-            f"deviations, {len(apart)} of {len(self.layers)} layers by more than {FITS}."
+            f"The stored statistics {word} these images: {worst.name or 'the layer'} is off by {worst.drift:.2g} "
+            f"standard deviations, {len(apart)} of {len(self.layers)} layers by more than {FITS}."
         )
 
     def to_dict(self) -> dict[str, Any]:

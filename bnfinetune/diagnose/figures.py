@@ -25,7 +25,7 @@ def _figure(name: str, width: float, height: float) -> Iterator[tuple[Any, Any, 
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,  # ids must differ between the figures of a page, and not between runs
         "text.parse_math": False,  # a $ in a name from data is only a character

@@ -133,8 +133,15 @@ def as_globs(names: Collection[str], universe: Collection[str]) -> tuple[str, ..
     for name in universe:
         if name not in wanted or any(fnmatchcase(name, glob) for glob in globs):
             continue
-        globs.append(next(glob for glob in _prefix_globs(name) if not any(fnmatchcase(o, glob) for o in others)))
+        globs.append(next(glob for glob in _prefix_globs(name) if _is_worth(glob, wanted, others)))
     return tuple(globs)
+
+
+def _is_worth(glob: str, wanted: Collection[str], others: Collection[str]) -> bool:
+    """Whether a glob matches nothing else, and more than one name if it is not the name itself."""
+    if any(fnmatchcase(name, glob) for name in others):
+        return False
+    return not glob.endswith(".*") or sum(fnmatchcase(name, glob) for name in wanted) > 1
 
 
 def _prefix_globs(name: str) -> list[str]:

@@ -26,7 +26,6 @@ class Situation:
         smallest_sound_batch: images that a statistic needs; None if above 256.
         untrained: whether the statistics are those of construction, or damaged.
         sorted_batches: whether batches come in stored order, one class after the other.
-        known_classes: whether the classifier already predicts the classes of the data.
         labelled: whether the data has labels to train on.
     """
 
@@ -37,7 +36,6 @@ class Situation:
     smallest_sound_batch: int | None = 8
     untrained: bool = False
     sorted_batches: bool = False
-    known_classes: bool = False
     labelled: bool = True
 
     @classmethod
@@ -50,7 +48,6 @@ class Situation:
             drift=report.drift,
             smallest_sound_batch=report.smallest_sound_batch,
             untrained=any(layer.damaged for layer in report.layers.values()) or report.untouched,
-            known_classes=report.running.accuracy is not None and report.running.accuracy > report.chance * 2,
             labelled=report.running.loss is not None,
         )
 
@@ -84,7 +81,9 @@ class Recommendation:
         return f"{launcher} {words}"
 
     def __str__(self) -> str:
-        return "\n".join([f"recommended: recipe={self.recipe}", *(f"- {reason}" for reason in self.reasons), self.command])
+        return "\n".join(
+            [f"recommended: recipe={self.recipe}", *(f"- {reason}" for reason in self.reasons), self.command]
+        )
 
 
 def recommend(situation: Situation) -> Recommendation:
@@ -115,7 +114,9 @@ def _with_labels(situation: Situation, reasons: list[str], overrides: list[str])
     drifted = situation.untrained or situation.drift > FITS
     _tell_drift(situation, reasons)
     if images is not None and images < TINY_SET:
-        reasons.append(f"{images} training images are fewer than {TINY_SET}: scales, shifts and the head are enough to learn")
+        reasons.append(
+            f"{images} training images are fewer than {TINY_SET}: scales, shifts and the head are enough to learn"
+        )
         if drifted:
             overrides.append("recalibrate.at=[start]")
         return "bn_only"
@@ -135,14 +136,18 @@ def _tell_drift(situation: Situation, reasons: list[str]) -> None:
     if situation.untrained:
         reasons.append("the stored statistics are those of construction, or damaged: they must come from the data")
     elif situation.drift > FITS:
-        reasons.append(f"the worst layer's statistics are off by {situation.drift:.2g} standard deviations (fit: {FITS})")
+        reasons.append(
+            f"the worst layer's statistics are off by {situation.drift:.2g} standard deviations (fit: {FITS})"
+        )
     else:
         reasons.append(f"the stored statistics fit: drift {situation.drift:.2g}, at most {FITS} standard deviations")
 
 
 def _small_batch(situation: Situation, reasons: list[str], drifted: bool) -> str:
     joined = situation.batch_size * situation.ranks
-    reasons.append(f"{situation.batch_size} images per process are too few for a statistic: {situation.needed} are needed")
+    reasons.append(
+        f"{situation.batch_size} images per process are too few for a statistic: {situation.needed} are needed"
+    )
     if joined >= situation.needed and situation.ranks > 1:
         reasons.append(f"{situation.ranks} processes together have {joined}")
         return "sync_bn"

@@ -117,14 +117,25 @@ def drift_page(
     """
     advice = [] if recommendation is None else [_advice(recommendation)]
     checks = [_checks(findings)] if findings else []
-    sections = [*advice, *checks, _cost(report), *_causes(report), _map(report), _layers(report), _noise(report), _terms()]
+    sections = [
+        *advice,
+        *checks,
+        _cost(report),
+        *_causes(report),
+        _map(report),
+        _layers(report),
+        _noise(report),
+        _terms(),
+    ]
     return Page(title, report.verdict, _numbers(report), tuple(sections))
 
 
 def _numbers(report: DriftReport) -> dict[str, str]:
     sound = report.smallest_sound_batch
     numbers = {
-        "worst layer, standard deviations off": "not finite" if report.ranked()[0].drift is None else f"{report.drift:.2f}",
+        "worst layer, standard deviations off": "not finite"
+        if report.ranked()[0].drift is None
+        else f"{report.drift:.2f}",
         "smallest sound batch": "above 256" if sound is None else f"{sound} images",
         "images measured": str(report.images),
     }
@@ -164,7 +175,9 @@ def _cost(report: DriftReport) -> Part:
         )
         for name, each in kinds.items()
     )
-    table = Grid("The same images under three kinds of statistics", ("normalised by", "accuracy", "loss", "distance"), rows)
+    table = Grid(
+        "The same images under three kinds of statistics", ("normalised by", "accuracy", "loss", "distance"), rows
+    )
     caption = "What the model makes of the same images before and after re-estimation; the numbers are in the table."
     return Part("Before and after re-estimation", figures=(Drawing(figures.regimes(report), caption),), tables=(table,))
 
@@ -173,7 +186,9 @@ def _causes(report: DriftReport) -> list[Part]:
     if not report.stages:
         return []
     best = max(report.stages, key=lambda name: report.stages[name])
-    caption = f"Each stage alone normalises by the data; {best or 'the model'} recovers most, {report.stages[best]:+.2f}."
+    caption = (
+        f"Each stage alone normalises by the data; {best or 'the model'} recovers most, {report.stages[best]:+.2f}."
+    )
     text = "A stage that recovers much holds the fault, or stands right behind it and makes up for it."
     return [Part("Causes", texts=(text,), figures=(Drawing(figures.causes(report), caption),))]
 
@@ -181,8 +196,8 @@ def _causes(report: DriftReport) -> list[Part]:
 def _map(report: DriftReport) -> Part:
     worst = report.ranked()[0]
     caption = (
-        "Each row is a layer, from input to output; each cell a channel, coloured by the distance of its stored from its "
-        f"measured statistics. The worst layer is {worst.name or 'the model'}; the table below ranks all."
+        "Each row is a layer, from input to output; each cell a channel, coloured by the distance of its stored from "
+        f"its measured statistics. The worst layer is {worst.name or 'the model'}; the table below ranks all."
     )
     return Part("Layers and channels", figures=(Drawing(figures.heat_map(report), caption),))
 
@@ -222,8 +237,8 @@ def _noise(report: DriftReport) -> Part:
     sound = report.smallest_sound_batch
     least = "more than 256 images" if sound is None else f"{sound} images"
     caption = (
-        f"The statistics of a batch are off from the population's by less than {SOUND_NOISE} standard deviations in every "
-        f"layer from {least} on; noise falls with the root of the batch."
+        f"The statistics of a batch are off from the population's by less than {SOUND_NOISE} standard deviations in "
+        f"every layer from {least} on; noise falls with the root of the batch."
     )
     rows = tuple((str(size), f"{noise:.3f}") for size, noise in zip(BATCH_SIZES, report.noise, strict=True))
     table = Grid("Noise of the worst layer by batch size", ("images per statistic", "noise"), rows, folded=True)
@@ -234,9 +249,9 @@ def _terms() -> Part:
     return Part(
         "Terms",
         points=(
-            "Drift: Wasserstein distance of stored from measured mean and deviation, in stored standard deviations, root "
-            "mean square over channels weighed by weight squared, less what sampling alone would give; seen as training "
-            "normalises, so that a layer is not blamed for those before it.",
+            "Drift: Wasserstein distance of stored from measured mean and deviation, in stored standard deviations, "
+            "root mean square over channels weighed by weight squared, less what sampling alone would give; seen as "
+            "training normalises, so that a layer is not blamed for those before it.",
             "In evaluation: the same behind running statistics, with all that earlier layers pass on.",
             "KL: symmetric Kullback-Leibler divergence of the two Gaussians, averaged over channels.",
             "Distance: mean total variation distance of the predictions from those under re-estimated statistics.",

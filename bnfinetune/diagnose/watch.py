@@ -211,8 +211,9 @@ def updates_now(layer: nn.Module, *, recompute: bool = False) -> bool:
         return False
     if isinstance(layer, SwitchedBN):
         return layer._bn_state.updates and not layer._bn_holds and not recompute
+    cls: Any = type(layer)
     tracked = layer.running_mean is not None and getattr(layer, "track_running_stats", True)
-    return tracked and not _is_still(type(layer))
+    return tracked and not _is_still(cls)
 
 
 @cache

@@ -8,14 +8,12 @@ from collections.abc import Iterator
 import torch
 
 from bnfinetune.diagnose.case import Case
+from bnfinetune.diagnose.drift_report import FOREIGN
 from bnfinetune.diagnose.registry import Trouble, rule
 from bnfinetune.diagnose.trace import Forward, Trace
 
 MOST_DISTANCE = 0.3
 """Total variation distance above which evaluation and training are taken to predict different things."""
-
-MOST_DRIFT = 0.5
-"""Distance of fixed statistics from the data's, in standard deviations, above which they are foreign."""
 
 FEW_IMAGES = 8
 """Fewer images than this say too little about statistics."""
@@ -76,7 +74,7 @@ def foreign_statistics(case: Case) -> Iterator[Trouble]:
     **Cause.** Statistics of the source domain normalise images of another: other sensors, colours, contrast.
 
     **Found by.** The last watched batch of 8 or more images: layers that trained with fixed statistics and whose
-    inputs are off by more than half a standard deviation (Wasserstein distance, root mean square over channels weighed
+    inputs are off by more than 0.75 standard deviations (Wasserstein distance, root mean square over channels weighed
     by weight squared), beyond what so few images vary by themselves.
 
     ```python
@@ -89,13 +87,14 @@ def foreign_statistics(case: Case) -> Iterator[Trouble]:
     if gap is None or gap.images < FEW_IMAGES:
         return
     off = {name: each.drift for name, each in gap.layers.items() if name not in gap.live and case.is_fixed(name)}
-    off = {name: drift for name, drift in off.items() if drift > MOST_DRIFT}
+    off = {name: drift for name, drift in off.items() if drift > FOREIGN}
     if off:
         worst = max(off, key=lambda name: off[name])
         yield Trouble(
             tuple(off),
-            f"{worst} is off by {off[worst]:.2g} standard deviations, {len(off)} layers by more than {MOST_DRIFT}",
+            f"{worst} is off by {off[worst]:.2g} standard deviations, {len(off)} layers by more than {FOREIGN}",
             "bnf.precise_bn(model, loader, num_batches=min(len(loader), 100), include_frozen=True)",
+            "recalibrate.at=[start]",
         )
 
 

@@ -89,7 +89,7 @@ def frozen_untrained(case: Case) -> Iterator[Trouble]:
             tuple(pinned),
             f"{len(pinned)} frozen layers have mean 0 and variance 1 in all channels",
             case.call("precise_bn", pinned, "loader", "num_batches=min(len(loader), 100)", "include_frozen=True"),
-            "recalibrate.at=start",
+            "recalibrate.at=[start]",
         )
 
 
