@@ -22,7 +22,8 @@ from bnfinetune.diagnose.recommend import Recommendation, Situation, recommend
 
 PAGE = Path(__file__).parents[2] / "docs" / "checks" / "recommendations.md"
 
-CANDIDATES = ("full", "freeze_bn", "freeze_stats", "precise_then_freeze", "bn_only", "linear_probe")
+CANDIDATES = ("full", "freeze_stats", "precise_then_freeze", "bn_only")
+EPOCHS = 4
 
 SITUATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny batch, matched statistics": ("matched", {"train.batch_size": 2}),
@@ -69,10 +70,19 @@ def advised(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, overri
     return recommend(Situation.of(report))
 
 
-def measured(recipe: str, weights: Path, overrides: dict[str, Any], seed: int, folder: Path) -> float:
-    """Test accuracy of a candidate."""
-    settings = {"model.checkpoint": str(weights), "run.seed": seed, "run.dir": str(folder), "train.epochs": 8}
-    return bnf.finetune(recipe, **(settings | overrides)).after["test"].top1
+def measured(recipe: str, weights: Path, overrides: dict[str, Any], seeds: list[int], scratch: Path) -> float:
+    """Mean test accuracy of a candidate."""
+    scores = []
+    for seed in seeds:
+        settings = {
+            "model.checkpoint": str(weights),
+            "run.seed": seed,
+            "run.dir": tempfile.mkdtemp(dir=scratch),
+            "train.epochs": EPOCHS,
+            "evaluate.every_epochs": EPOCHS,
+        }
+        scores.append(bnf.finetune(recipe, **(settings | overrides)).after["test"].top1)
+    return sum(scores) / len(scores)
 
 
 def row(name: str, seeds: list[int], scratch: Path) -> str:
@@ -83,32 +93,29 @@ def row(name: str, seeds: list[int], scratch: Path) -> str:
     advice = advised(model, images, labels, overrides)
     weights = scratch / f"{kind}.safetensors"
     save_file(model.state_dict(), str(weights))
-    scores = {}
-    for recipe in CANDIDATES:
-        runs = [
-            measured(recipe, weights, overrides, seed, scratch / f"{name}-{recipe}-{seed}".replace(" ", "_"))
-            for seed in seeds
-        ]
-        scores[recipe] = sum(runs) / len(runs)
-    best = max(scores, key=lambda recipe: scores[recipe])
-    right = "yes" if scores[best] - scores[advice.recipe] <= _TIE else "no"
+    scores = {recipe: measured(recipe, weights, overrides, seeds, scratch) for recipe in CANDIDATES}
+    advised_score, shown = scores[advice.recipe], f"`{advice.recipe}`"
+    if "recalibrate.at=[start]" in advice.overrides:
+        anew = overrides | {"recalibrate.at": ["start"]}
+        advised_score = measured(advice.recipe, weights, anew, seeds, scratch)
+        shown += " `recalibrate.at=[start]`"
+    right = "yes" if max(scores.values()) - advised_score <= _TIE else "no"
     cells = " | ".join(f"{scores[recipe]:.1%}" for recipe in CANDIDATES)
-    return f"| {name} | `{advice.recipe}` | {right} | {cells} |"
+    return f"| {name} | {shown} | {advised_score:.1%} | {right} | {cells} |"
 
 
 def main(seeds: list[int]) -> None:
-    head = f"| situation | recommended | right | {' | '.join(f'`{name}`' for name in CANDIDATES)} |"
     lines = [
         "# Recommendations, judged",
         "",
         "<!-- Written by python -m tests.diagnose.judge_recommendations. -->",
         "",
-        "Test accuracy of the candidate recipes on the embedded digits (200 training images or as said, 8 epochs, "
-        f"{len(seeds)} seeds) in planted situations, and what `inspect` recommends from its measurements. Right: within "
-        "1.5 points of the best, which is about what 1,200 test images can tell apart.",
+        "Test accuracy on the embedded digits in planted situations, and what `inspect` recommends from its measurements.",
+        f"200 training images or as said, {EPOCHS} epochs, seeds {seeds}. Right: within 1.5 points of the best candidate,",
+        "which is about what 1,200 test images can tell apart.",
         "",
-        head,
-        "| --- | --- | --- |" + " ---: |" * len(CANDIDATES),
+        f"| situation | recommended | accuracy | right | {' | '.join(f'`{name}`' for name in CANDIDATES)} |",
+        "| --- | --- | ---: | --- |" + " ---: |" * len(CANDIDATES),
     ]
     with tempfile.TemporaryDirectory() as scratch:
         for name in SITUATIONS:
