@@ -250,14 +250,16 @@ class Branching(nn.Module):
         return self.drop(self.untracked(self.twice(x) + self.twice(3 * x + 1)))
 
 
-def test_every_call_counts_and_layers_never_called_keep_their_statistics():
-    model, batches = Branching(), batches_of()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [SIZES, [3] * 20])  # the latter more calls than a recorder's block holds
+def test_every_call_counts_and_layers_never_called_keep_their_statistics(sizes, dtype):
+    model, batches = Branching().to(dtype), [x.to(dtype) for x in batches_of(sizes, 16)]
     before = tensors_of(model)
     report = precise_bn(model, batches)
     values = torch.cat([torch.cat([x, 3 * x + 1]) for x in batches]).double()
     torch.testing.assert_close(model.twice.running_mean.double(), values.mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(model.twice.running_var.double(), values.var((0, 2, 3), correction=0), rtol=1e-6, atol=0)
-    assert report.layers["twice"].values == 2 * 22 * 32 * 32
+    assert report.layers["twice"].values == 2 * sum(sizes) * 16 * 16
     assert report.uncalled == ("never",)
     assert report.untracked == ("untracked",)
     assert not [key for key in differing(tensors_of(model), before) if not key.startswith("twice.running")]
@@ -335,7 +337,7 @@ def test_single_images_instead_of_batches_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_models_of_other_precision(dtype):
-    model, batches = toy().to(dtype), [x.to(dtype) for x in batches_of()]
+    model, batches = toy().to(dtype), [x.to(dtype) for x in batches_of(SIZES * 5, 8)]  # more than one block
     inputs = inputs_of_layers(model, batches, ["1"])
     precise_bn(model, batches)
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-12
@@ -354,20 +356,29 @@ def test_autocast_reads_what_the_layer_sees():
 
 @pytest.mark.parametrize("compiled", ["wrapper", "in place", "submodule"])
 def test_compiled_models(compiled):
-    model, plain = toy(), toy()
+    model, plain, compilations = toy(), toy(), []
+
+    def backend(graph, _):
+        compilations.append(graph)
+        return graph.forward
+
     if compiled == "wrapper":
-        net = torch.compile(model, backend="eager")
+        net = torch.compile(model, backend=backend)
     elif compiled == "in place":
         net = model
-        net.compile(backend="eager")
+        net.compile(backend=backend)
     else:
-        net = nn.Sequential(torch.compile(nn.Sequential(*model), backend="eager"))
+        net = nn.Sequential(torch.compile(nn.Sequential(*model), backend=backend))
     x = images()
     net.train()(x), plain.train()(x)  # traced before the pass
+    traced = len(compilations)
     precise_bn(net, batches_of())
     precise_bn(plain, batches_of())
     for ours, theirs in zip(net.buffers(), plain.buffers(), strict=True):
         assert torch.equal(ours, theirs)
+    net(x)
+    assert len(compilations) == traced > 0  # the pass neither compiles anything nor invalidates what was compiled
+    plain(x)
     torch.testing.assert_close(net.eval()(x), plain.eval()(x))
 
 

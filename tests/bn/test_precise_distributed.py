@@ -65,13 +65,17 @@ def test_other_estimates_are_the_same_on_all_ranks(variance, tmp_path):
         assert_all_equal_one([by_rank[0][0]], statistics_of(model))
 
 
-def test_num_samples_counts_over_all_ranks(tmp_path):
-    by_rank = run_ranks(3, recompute_rank, tmp_path, 3, "", {"num_samples": 14})
-    taken = [shard_of(3, 0)[0], shard_of(3, 2)[0], shard_of(3, 0)[1][:3]]  # 8 and 3 at first, then 3 of 5
+@pytest.mark.parametrize("wanted", [9, 14])
+def test_num_samples_counts_over_all_ranks(wanted, tmp_path):
+    by_rank = run_ranks(3, recompute_rank, tmp_path, 3, "", {"num_samples": wanted})
+    if wanted == 9:
+        taken = [shard_of(3, 0)[0], shard_of(3, 2)[0][:1]]  # 8, then 1 of 3
+    else:
+        taken = [shard_of(3, 0)[0], shard_of(3, 2)[0], shard_of(3, 0)[1][:3]]  # 8 and 3 at first, then 3 of 5
     model = toy(BatchNormAct2d)
     precise_bn(model, taken)
     assert_all_equal_one([statistics for statistics, *_ in by_rank], statistics_of(model))
-    assert [samples for _, samples, *_ in by_rank] == [14] * 3
+    assert [samples for _, samples, *_ in by_rank] == [wanted] * 3
 
 
 def drop_in_rank(rank: int) -> dict:

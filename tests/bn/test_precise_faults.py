@@ -26,7 +26,9 @@ def fingerprint(model: nn.Module) -> bytes:
         tensors = {key: t if t is None else (id(t), t.detach().numpy().tobytes()) for key, t in module._buffers.items()}
         hooks = [len(vars(module)[key]) for key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")]
         own = sorted(key for key in vars(module))
-        parts.append((name, tensors, module.training, getattr(module, "momentum", None), hooks, own, type(module).__qualname__))
+        parts.append(
+            (name, tensors, module.training, getattr(module, "momentum", None), hooks, own, type(module).__qualname__)
+        )
         parts.append({key: p if p is None else p.detach().numpy().tobytes() for key, p in module._parameters.items()})
     return pickle.dumps(parts)
 
