@@ -160,9 +160,7 @@ def predict(arguments: Arguments) -> None:
     """
     checkpoint = _checkpoint(arguments)
     form = arguments.choose("format", "table", "jsonl")
-    top = arguments.options.get("top", "5")
-    if not top.isdecimal() or int(top) < 1:
-        raise RecipeError(f"top: found {top!r}; allowed: whole number >= 1")
+    top = _whole(arguments, "top", default=5, least=1)
     if not arguments.paths:
         raise RecipeError("predict has nothing to look at; name images or folders of images")
 
@@ -170,12 +168,77 @@ def predict(arguments: Arguments) -> None:
 
     if _rank() != 0:
         return  # each rank would do the same work
-    for record in predictions(checkpoint, arguments.paths, int(top)):
+    for record in predictions(checkpoint, arguments.paths, top):
         if form == "jsonl":
             print(json.dumps(record), flush=True)
         else:
             ranked = "  ".join(f"{guess['label']} {guess['probability']:.1%}" for guess in record["top"])
             print(f"{record['path']}  {ranked}", flush=True)
+
+
+@verb(
+    "recipe=NAME|FILE [steps=3] [format=table|lines|json] [ignore=CODES] [key=value ...]",
+    overrides=True,
+    recipe="a shipped recipe's name, or the path of your own YAML file",
+    steps="updates of the dry run (default 3); 0 judges the set-up alone",
+    format="table (default), lines (code, layers, message) or json",
+    ignore="codes of rules to leave out, comma-separated",
+)
+def check(arguments: Arguments) -> None:
+    """Look for BatchNorm pitfalls in a recipe's set-up and in a few updates; nothing is written.
+
+    The exit code is 1 if a finding is an error.
+
+    Examples:
+      bnfinetune check recipe=full train.batch_size=2
+      bnfinetune check recipe=mine.yaml format=lines ignore=BN203
+    """
+    from bnfinetune.recipe_files import load_recipe, shipped_recipes
+
+    name = arguments.need("recipe", f"write recipe=NAME ({', '.join(shipped_recipes())}) or recipe=FILE.yaml")
+    form = arguments.choose("format", "table", "lines", "json")
+    steps = _whole(arguments, "steps", default=3, least=0)
+    recipe = load_recipe(name, arguments.overrides)
+
+    from bnfinetune.diagnose.finding import render
+    from bnfinetune.diagnose.recipes import check_recipe
+    from bnfinetune.training.start import leave_ranks
+
+    found = check_recipe(recipe, steps=steps, ignore=[c for c in arguments.options.get("ignore", "").split(",") if c])
+    leave_ranks()
+    if _rank() == 0:
+        print(render(found, form, color=sys.stdout.isatty()))
+    if any(finding.severity == "error" for finding in found):
+        sys.stdout.flush()
+        raise SystemExit(1)
+
+
+@verb(
+    "checkpoint=FOLDER [images=256] [page=report.html] [format=table|json] [key=value ...]",
+    overrides=True,
+    checkpoint="a run folder (its best checkpoint is taken), RUN/best, or any folder that timm saved",
+    images="how many images to measure (default 256)",
+    page="where to write the report as a page, with the same numbers as JSON beside it",
+    format="table (default) or json",
+)
+def inspect(arguments: Arguments) -> None:
+    """Measure a checkpoint's BatchNorm statistics against data: drift, noise, causes, and which recipe fits.
+
+    Examples:
+      bnfinetune inspect checkpoint=runs/full
+      bnfinetune inspect checkpoint=runs/full data.source=path/to/images page=report.html
+    """
+    from bnfinetune.recipe_files import load_recipe
+
+    checkpoint = _checkpoint(arguments)
+    form = arguments.choose("format", "table", "json")
+    images = _whole(arguments, "images", default=256, least=2)
+    load_recipe({}, arguments.overrides)
+
+    from bnfinetune.diagnose.recipes import inspect_checkpoint
+
+    report = inspect_checkpoint(checkpoint, arguments.overrides, images=images, page=arguments.options.get("page"))
+    print(json.dumps(report.to_dict(), indent=2) if form == "json" else report)
 
 
 @verb(
@@ -254,6 +317,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     return 0
+
+
+def _whole(arguments: Arguments, option: str, *, default: int, least: int) -> int:
+    """The value of an option that is a whole number."""
+    value = arguments.options.get(option, str(default))
+    if not value.isdecimal() or int(value) < least:
+        raise RecipeError(f"{option}: found {value!r}; allowed: whole number >= {least}")
+    return int(value)
 
 
 def _dispatch(words: list[str]) -> None:

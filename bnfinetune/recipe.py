@@ -330,6 +330,9 @@ class Run(Section):
     dir: str | None = Field(default=None, description="run folder; null: a new one under runs/")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=42, description="seed of every random draw")
     deterministic: bool = Field(default=False, description="only deterministic kernels; slower")
+    check: Literal["off", "warn", "error"] = Field(
+        default="warn", description="look for BatchNorm pitfalls before training: print what is found, or refuse errors"
+    )
     tracking: str | None = Field(
         default=None, description="trackers of Accelerate, comma-separated, such as tensorboard or wandb"
     )

@@ -14,7 +14,9 @@ from torch import nn
 
 from bnfinetune.bn.layers import find_bn_layers
 from bnfinetune.bn.switches import switches_of
-from bnfinetune.errors import SelectionError
+from bnfinetune.diagnose.finding import render
+from bnfinetune.diagnose.set_up import check_set_up
+from bnfinetune.errors import PolicyError, SelectionError
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import dump_recipe, load_recipe
 from bnfinetune.training.backbone import build_backbone, input_config, restrict_training
@@ -81,10 +83,28 @@ def train(recipe: Recipe) -> RunResult:
     source = {"computed": "as stored and trained", "source": recipe.data.source, "fingerprint": splits.fingerprint()}
     keeper = Keeper(trainer, folder, dump_recipe(recipe), splits.class_names, data_config, source, say)
     with closing(loaders):
-        before = keeper.begin(headline(trainer, splits, dropped))
+        before = keeper.begin([*headline(trainer, splits, dropped), *judge(trainer)])
         trainer.fit(keeper.pause)
         best, after = keeper.finish()
     return RunResult(folder.path, recipe, before, after, best, keeper.history)
+
+
+def judge(trainer: Trainer) -> list[str]:
+    """What the doctor finds in the set-up, a line each, as `run.check` asks.
+
+    Raises:
+        PolicyError: `run.check=error`, and a finding is an error.
+    """
+    recipe = trainer.recipe
+    if recipe.run.check == "off":
+        return []
+    ranks = trainer.accelerator.num_processes
+    found = check_set_up(recipe, trainer.model, trainer.optimizer, updates=trainer.updates, ranks=ranks)
+    lines = render(found, "lines").splitlines()
+    errors = [line for line, finding in zip(lines, found, strict=True) if finding.severity == "error"]
+    if recipe.run.check == "error" and errors:
+        raise PolicyError(f"run.check=error: {errors[0]}")
+    return [f"check  {line}" for line in lines]
 
 
 def headline(trainer: Trainer, splits: ImageSplits, dropped: int) -> list[str]:
