@@ -9,7 +9,15 @@ from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from bnfinetune.bn import BNPolicy, apply_policy, find_bn_layers, freeze_bn, restore_bn, unfreeze_bn
+from bnfinetune.bn import (
+    BNPolicy,
+    apply_policy,
+    find_bn_layers,
+    freeze_bn,
+    register_bn_class,
+    restore_bn,
+    unfreeze_bn,
+)
 from bnfinetune.bn.switches import switches_of
 from bnfinetune.errors import LayerError
 from tests.bn.models import BACKBONES, backbone, images, randomise, toy
@@ -127,6 +135,33 @@ def test_an_unknown_class_is_refused_by_name_and_can_be_excluded():
         freeze_bn(model)
     assert [type(layer) for layer in find_bn_layers(model).values()] == [nn.BatchNorm2d, Foreign]
     apply_policy(model, BNPolicy(train_stats="running", exclude="4"))
+
+
+class HalvedBN(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def test_a_registered_class_keeps_its_tail_under_every_policy():
+    register_bn_class(HalvedBN, tail=lambda layer, x: x / 2)
+    model, x = toy(HalvedBN), images(size=12)
+    trained, evaluated = copy.deepcopy(model).train()(x), copy.deepcopy(model).eval()(x)
+    apply_policy(model, BNPolicy(train_stats="batch"))
+    assert copy.deepcopy(model).train()(x).equal(trained)
+    assert freeze_bn(model).train()(x).equal(evaluated)
+    assert pickle.loads(pickle.dumps(model)).eval()(x).equal(evaluated)
+    assert type(restore_bn(model)[4]) is HalvedBN
+
+
+def test_a_shared_layer_is_one_layer_under_a_policy():
+    norm = nn.BatchNorm2d(3)
+    model = nn.Sequential(norm, nn.ReLU(), norm)
+    twin = copy.deepcopy(model)
+    apply_policy(model, BNPolicy(train_stats="batch"))
+    x = images(size=8)
+    assert model(x).equal(twin(x))
+    assert norm.num_batches_tracked == 2
+    assert type(restore_bn(model)[2]) is nn.BatchNorm2d
 
 
 def test_nothing_to_train_is_an_error_only_when_asked_for():
