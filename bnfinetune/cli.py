@@ -13,9 +13,12 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from bnfinetune.errors import BnFinetuneError, CheckpointError, RecipeError
+
+if TYPE_CHECKING:
+    from bnfinetune.diagnose.finding import Format
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell gives
 
@@ -207,7 +210,7 @@ def check(arguments: Arguments) -> None:
     found = check_recipe(recipe, steps=steps, ignore=[c for c in arguments.options.get("ignore", "").split(",") if c])
     leave_ranks()
     if _rank() == 0:
-        print(render(found, form, color=sys.stdout.isatty()))
+        print(render(found, cast("Format", form), color=sys.stdout.isatty()))
     if any(finding.severity == "error" for finding in found):
         sys.stdout.flush()
         raise SystemExit(1)

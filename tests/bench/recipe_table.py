@@ -53,10 +53,9 @@ def main() -> None:
     runs = [(r, b, seed) for seed in range(options.seeds) for r in options.recipes for b in options.batches]
     for recipe, batch, seed in tqdm(runs, unit="run"):
         results[recipe][batch].append(accuracy(recipe, batch, seed))
-    setting = (
-        f"{options.seeds} seeds, mean ± standard deviation of test top-1 in %; {platform.processor() or platform.machine()}, "
-        f"torch {torch.__version__}, {datetime.date.today().isoformat()}"
-    )
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    setting = f"{options.seeds} seeds, mean ± standard deviation of test top-1 in %; {machine}, {date}"
     (DOCS / "recipe_table.json").write_text(json.dumps({"setting": setting, "results": results}, indent=2) + "\n")
     text = f"# Recipes by batch size\n\n{__doc__.partition(chr(10))[2].strip()}\n\n{setting}\n\n{table(results)}\n"
     (DOCS / "recipe_table.md").write_text(text)
