@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from bnfinetune.diagnose.drift_report import BATCH_SIZES, FITS, SOUND_NOISE, DriftReport
+from bnfinetune.diagnose.drift_report import BATCH_SIZES, FITS, FOREIGN, SOUND_NOISE, DriftReport
 
 TINY_SET = 100
 """Training images below which a network has too few to fit more than scales, shifts and the head."""
@@ -111,39 +111,43 @@ def _without_labels(situation: Situation, reasons: list[str]) -> str | None:
 
 def _with_labels(situation: Situation, reasons: list[str], overrides: list[str]) -> str:
     images = situation.training_images
-    drifted = situation.untrained or situation.drift > FITS
+    foreign = situation.untrained or situation.drift > FOREIGN
     _tell_drift(situation, reasons)
     if images is not None and images < TINY_SET:
         reasons.append(
             f"{images} training images are fewer than {TINY_SET}: scales, shifts and the head are enough to learn"
         )
-        if drifted:
+        if foreign:
             overrides.append("recalibrate.at=[start]")
         return "bn_only"
     if situation.sorted_batches:
         reasons.append("batches hold few classes, so that each has statistics of its own: fixed ones do not see that")
-        return "precise_then_freeze" if drifted else "freeze_stats"
+        return "precise_then_freeze" if foreign else "freeze_stats"
     if situation.batch_size >= situation.needed:
         reasons.append(
             f"{situation.batch_size} images per statistic are enough: {situation.needed} are needed for a noise of "
             f"{SOUND_NOISE} standard deviations or less"
         )
         return "full"
-    return _small_batch(situation, reasons, drifted)
+    return _small_batch(situation, reasons, foreign)
 
 
 def _tell_drift(situation: Situation, reasons: list[str]) -> None:
     if situation.untrained:
         reasons.append("the stored statistics are those of construction, or damaged: they must come from the data")
+    elif situation.drift > FOREIGN:
+        reasons.append(
+            f"the worst layer is off by {situation.drift:.2g} standard deviations, more than {FOREIGN}: foreign"
+        )
     elif situation.drift > FITS:
         reasons.append(
-            f"the worst layer's statistics are off by {situation.drift:.2g} standard deviations (fit: {FITS})"
+            f"the worst layer is off by {situation.drift:.2g} standard deviations, less than {FOREIGN}: training makes up for it"
         )
     else:
         reasons.append(f"the stored statistics fit: drift {situation.drift:.2g}, at most {FITS} standard deviations")
 
 
-def _small_batch(situation: Situation, reasons: list[str], drifted: bool) -> str:
+def _small_batch(situation: Situation, reasons: list[str], foreign: bool) -> str:
     joined = situation.batch_size * situation.ranks
     reasons.append(
         f"{situation.batch_size} images per process are too few for a statistic: {situation.needed} are needed"
@@ -151,7 +155,7 @@ def _small_batch(situation: Situation, reasons: list[str], drifted: bool) -> str
     if joined >= situation.needed and situation.ranks > 1:
         reasons.append(f"{situation.ranks} processes together have {joined}")
         return "sync_bn"
-    if drifted:
+    if foreign:
         reasons.append("so the statistics are estimated anew before training and then stay fixed")
         return "precise_then_freeze"
     reasons.append("so the stored ones stay fixed, while weight and bias learn")

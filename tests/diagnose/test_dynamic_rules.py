@@ -17,7 +17,7 @@ def name(request):
 
 
 def batches(count=2, **options):
-    return list(loader(8 * count, batch_size=8, **options))
+    return list(loader(4 * count, batch_size=4, **options))
 
 
 def train(model, optimizer, data):

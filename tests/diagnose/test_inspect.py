@@ -124,7 +124,7 @@ def test_the_model_is_as_it_was(name):
     model = network(name)
     model.get_submodule(INNER[name]).eval()
     before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
-    data = list(loader(16, batch_size=8, shuffle=False))
+    data = list(loader(8, batch_size=4, shuffle=False))
     state = torch.random.get_rng_state()
     report = inspect_bn(model, data, causes=1)
     assert report.stages
@@ -136,7 +136,7 @@ def test_the_model_is_as_it_was(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_policy_changes_no_measurement(name):
-    data = list(loader(16, batch_size=8, shuffle=False))
+    data = list(loader(8, batch_size=4, shuffle=False))
     plain = inspect_bn(network(name), data, causes=0)
     frozen = inspect_bn(bnf.freeze_bn(network(name)), data, causes=0)
     for each in plain.layers:

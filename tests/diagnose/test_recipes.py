@@ -40,8 +40,8 @@ def test_pitfalls_in_recipes_and_their_keys(code, name, overrides):
     assert code not in codes(judged(name, *overrides, *fix))
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_recipes_are_sound(name):
+@pytest.mark.parametrize("name", ["full", "freeze_bn", "bn_only"])
+def test_set_ups_of_shipped_recipes_are_sound(name):
     assert not judged(name)
 
 

@@ -28,9 +28,7 @@ def test_what_fits(name):
     assert advice.recipe == recipe
     assert recipe in shipped_recipes()
     assert advice.reasons
-    assert (
-        all(any(character.isdigit() for character in reason) for reason in advice.reasons[:1]) or not situation.labelled
-    )
+    assert any(character.isdigit() for character in " ".join(advice.reasons)) or not situation.labelled
     load_recipe(advice.recipe, list(advice.overrides))  # every override is a key
 
 
