@@ -38,8 +38,16 @@ with bnf.watch_bn(model, optimizer) as watch:                 # a few steps of a
 print(watch.findings)
 ```
 
+On the command line: `bnfinetune check recipe=full train.batch_size=2`.
+
 `error`: results are wrong. `warning`: results suffer. `info`: worth knowing. Leave rules out by
 `ignore=["BN503"]`.
+
+What the statistics are worth on given data is measured by `bnf.inspect_bn(model, data)` and
+`bnfinetune inspect checkpoint=FOLDER page=report.html`, which writes a page like this one, here with a planted shift in
+`layer2.0.bn1`. How good its recommendations are: [recommendations.md](recommendations.md).
+
+![The report: verdict, recommendation, before and after re-estimation, causes, layers and channels](report.png)
 """
 
 

@@ -141,7 +141,8 @@ def _tell_drift(situation: Situation, reasons: list[str]) -> None:
         )
     elif situation.drift > FITS:
         reasons.append(
-            f"the worst layer is off by {situation.drift:.2g} standard deviations, less than {FOREIGN}: training makes up for it"
+            f"the worst layer is off by {situation.drift:.2g} standard deviations, which is not foreign ({FOREIGN}): "
+            "training makes up for it"
         )
     else:
         reasons.append(f"the stored statistics fit: drift {situation.drift:.2g}, at most {FITS} standard deviations")
