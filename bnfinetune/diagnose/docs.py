@@ -45,7 +45,8 @@ On the command line: `bnfinetune check recipe=full train.batch_size=2`.
 
 What the statistics are worth on given data is measured by `bnf.inspect_bn(model, data)` and
 `bnfinetune inspect checkpoint=FOLDER page=report.html`, which writes a page like this one, here with a planted shift in
-`layer2.0.bn1`. How good its recommendations are: [recommendations.md](recommendations.md).
+`layer2.0.bn1`. How good its recommendations are, `python -m tests.diagnose.judge_recommendations` finds out by running
+the candidates.
 
 ![The report: verdict, recommendation, before and after re-estimation, causes, layers and channels](report.png)
 """

@@ -23,7 +23,7 @@ from bnfinetune.diagnose.recommend import Recommendation, Situation, recommend
 PAGE = Path(__file__).parents[2] / "docs" / "checks" / "recommendations.md"
 
 CANDIDATES = ("full", "freeze_stats", "precise_then_freeze", "bn_only")
-UPDATES = 200
+EPOCHS = 8
 
 SITUATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny batch, matched statistics": ("matched", {"train.batch_size": 2}),
@@ -78,8 +78,8 @@ def measured(recipe: str, weights: Path, overrides: dict[str, Any], seeds: list[
             "model.checkpoint": str(weights),
             "run.seed": seed,
             "run.dir": tempfile.mkdtemp(dir=scratch),
-            "train.steps": UPDATES,
-            "evaluate.every_steps": UPDATES,
+            "train.epochs": EPOCHS,
+            "evaluate.every_epochs": EPOCHS,
         }
         scores.append(bnf.finetune(recipe, **(settings | overrides)).after["test"].top1)
     return sum(scores) / len(scores)
@@ -111,7 +111,7 @@ def main(seeds: list[int]) -> None:
         "<!-- Written by python -m tests.diagnose.judge_recommendations. -->",
         "",
         "Test accuracy on the embedded digits in planted situations, and what `inspect` recommends from measurements.",
-        f"200 training images or as said, {UPDATES} updates, seeds {seeds}. Right: at most 1.5 points below the best,",
+        f"200 training images or as said, {EPOCHS} epochs, seeds {seeds}. Right: at most 1.5 points below the best,",
         "which is about what 1,200 test images can tell apart.",
         "",
         f"| situation | recommended | accuracy | right | {' | '.join(f'`{name}`' for name in CANDIDATES)} |",
