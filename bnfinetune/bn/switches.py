@@ -131,6 +131,24 @@ def domain_key(domain: str, name: str) -> str:
     return f"{_EXTRA}{domain}_{name}"
 
 
+@torch.library.custom_op("bnfinetune::kept_value", mutates_args=())
+def _kept_value(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+@_kept_value.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def kept_value(x: Tensor) -> Tensor:
+    """A copy of a buffer that is about to change, for use in backward.
+
+    Inductor would take a plain clone for cheap enough to make again in backward, by when the buffer has changed.
+    """
+    return _kept_value(x) if torch.compiler.is_compiling() else x.clone()
+
+
 def recomputing() -> bool:
     """Whether this forward runs inside backward, as gradient checkpointing does to recompute activations."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -202,7 +220,7 @@ class SwitchedBN(nn.Module):
         """The running statistics as they were before this forward's update, on recomputation too."""
         if recomputing() and self._bn_previous is not None:
             return self._bn_previous[:2]
-        before = stats.mean.clone(), stats.var.clone()
+        before = kept_value(stats.mean), kept_value(stats.var)
         if not torch.compiler.is_compiling():
             age = self._buffers.get(RENORM_AGE)
             self._bn_previous = (*before, None if age is None else age.clone())
@@ -216,6 +234,8 @@ class SwitchedBN(nn.Module):
             return options.renorm_rmax, options.renorm_dmax
         if recomputing() and self._bn_previous is not None and self._bn_previous[2] is not None:
             age = self._bn_previous[2]
+        elif torch.compiler.is_compiling():
+            age = kept_value(age)
         ramp = options.renorm_ramp
         grown = ((age - options.renorm_warmup + (ramp == 0)) / max(ramp, 1)).clamp(0, 1)
         return 1 + grown * (options.renorm_rmax - 1), grown * options.renorm_dmax
