@@ -77,12 +77,10 @@ def normalise_by_running(layer: SwitchedBN, x: Tensor) -> Tensor:
         layer._bn_update(stats, *_unbiased(*batch_moments(x.detach()), x.numel() // x.shape[1]))
     else:
         mean, var = stats.mean, stats.var
-    if not torch.is_grad_enabled():
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, layer.eps)
-    if (weight is None or not weight.requires_grad) and (bias is None or not bias.requires_grad):
+    affine_learns = any(tensor is not None and tensor.requires_grad for tensor in (weight, bias))
+    if x.requires_grad and torch.is_grad_enabled() and not affine_learns:
         return scale_and_shift(x, mean, var, weight, bias, layer.eps)
-    # Copies, because DDP overwrites buffers at the next forward, which may come before this one's backward.
-    return F.batch_norm(x, mean.clone(), var.clone(), weight, bias, False, 0.0, layer.eps)
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, layer.eps)
 
 
 def normalise_by_ranks(layer: SwitchedBN, x: Tensor) -> Tensor:

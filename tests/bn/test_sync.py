@@ -117,7 +117,7 @@ def ddp_rank(rank: int, name: str) -> dict[str, dict[str, torch.Tensor]]:
         for step in range(2):
             torch.manual_seed(step)
             wrapped(images(4, seed=10 * step + rank)).square().mean().backward()
-            # Two forwards before the backward: frozen statistics must bear DDP's copying of buffers in between.
+            # Before the second forward DDP copies rank 0's buffers; the first one's backward must bear that.
             if label.startswith("frozen"):
                 (wrapped(images(2, seed=step)).mean() + wrapped(images(2, seed=rank)).mean()).backward()
             optimizer.step()
