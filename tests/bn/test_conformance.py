@@ -83,7 +83,7 @@ class Subject:
 def check_policy(subject: Subject, name: str) -> None:
     model = subject.model
     apply_policy(model, BNPolicy(**POLICIES[name]))
-    own = [p for n, p in model.named_parameters() if ".bn_" in f".{n}"]
+    own = [p for n, p in model.named_parameters() if n.rpartition(".")[2].startswith("bn_")]
     assert own if name == "domains" else not own
     kept = [p for p in model.parameters() if not any(p is each for each in own)]
     assert all(a is b for a, b in zip(kept, subject.parameters, strict=True)), "a Parameter was replaced"
