@@ -18,6 +18,7 @@ from bnfinetune.bn import (
     BNPolicy,
     apply_policy,
     domain,
+    find_bn_layers,
     freeze_bn,
     no_stat_updates,
     restore_bn,
