@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 
 import bnfinetune as bnf
 from bnfinetune.errors import BackboneError, CheckpointError, DataError, SelectionError, TrainingError
+from bnfinetune.training.keeper import Keeper
 from bnfinetune.training.loop import Trainer
 from tests.training.support import CLASSES, bn_keys, exported, write_images, write_weights
 
@@ -208,10 +209,17 @@ def run_rank(rank, world, port, images, folder):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")  # fmt: skip
     torch.set_num_threads(1)
+    finish = Keeper.finish
+
+    def record_live_network(self):
+        # what training ended with on this rank, before the best network is read from disk
+        torch.save(self.trainer.model.state_dict(), folder / f"{self.trainer.recipe.name}-{rank}.pt")
+        return finish(self)
+
+    Keeper.finish = record_live_network
     for recipe in ("full", "freeze_bn", "freeze_stats", "bn_only"):
         options = {"model.name": "resnet18", "model.checkpoint": folder / "start.safetensors", "train.epochs": 2}
         result = bnf.finetune(recipe, **settings(images, folder / recipe, **options))
-        torch.save(result.model.state_dict(), folder / f"{recipe}-{rank}.pt")
         torch.save(result.after["validation"].scalars(), folder / f"{recipe}-{rank}-metrics.pt")
     torch.distributed.destroy_process_group()
 
