@@ -18,7 +18,6 @@ from bnfinetune.bn import (
     BNPolicy,
     apply_policy,
     domain,
-    find_bn_layers,
     freeze_bn,
     no_stat_updates,
     restore_bn,
