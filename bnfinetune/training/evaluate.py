@@ -20,6 +20,7 @@ from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import load_recipe
 from bnfinetune.training.backbone import input_config
 from bnfinetune.training.checkpoint import RECIPE, load_weights
+from bnfinetune.training.data.loaders import ImageLoader
 from bnfinetune.training.data.splits import load_splits
 from bnfinetune.training.feed import recipe_loaders
 from bnfinetune.training.metrics import Metrics, Tally
@@ -90,15 +91,15 @@ def evaluate_checkpoint(checkpoint: str, overrides: Sequence[str] = ()) -> dict[
     measured = {"validation": loaders.val} | ({} if loaders.test is None else {"test": loaders.test})
     with closing(loaders):
         return {
-            name: measure(_adapted(model, recipe, loader), loader, model.num_classes, accelerator)
+            name: measure(adapted(model, recipe, loaders.targets[name]), loader, model.num_classes, accelerator)
             for name, loader in measured.items()
         }
 
 
-def _adapted(model: nn.Module, recipe: Recipe, loader: Any) -> nn.Module:
-    """`model`, or a copy that adapts to the images of `loader` as `evaluate.adapt` says."""
+def adapted(model: nn.Module, recipe: Recipe, target: ImageLoader) -> nn.Module:
+    """`model`, or a copy that adapts to the images of `target` as `evaluate.adapt` says."""
     section = recipe.evaluate
-    images = (batch[0] for batch in loader) if section.adapt == "adabn" else None
+    images = (batch[0] for batch in target) if section.adapt == "adabn" else None
     return adapt_model(
         model,
         section.adapt,

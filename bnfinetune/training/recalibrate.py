@@ -109,5 +109,5 @@ def _images(loader: ImageLoader, number: int | None) -> Iterator[Tensor]:
 
 def _loader(loaders: Loaders, section: Recalibrate) -> ImageLoader:
     if section.data == "target":
-        return loaders.val if loaders.test is None else loaders.test
-    return loaders.stats if section.preprocessing == "eval" else loaders.train
+        return loaders.targets.get("test", loaders.targets["validation"])
+    return loaders.stats if section.preprocessing == "eval" else loaders.augmented_stats

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -168,12 +169,17 @@ class Loaders:
         test: As `val`, or None.
         stats: Training images preprocessed as for evaluation, shuffled, not mixed, each once over all ranks, with
             equally many batches of nearly even size on all ranks; the same in every iteration.
+        augmented_stats: As `stats`, but augmented as in training, the same in every iteration.
+        targets: The images of `validation` and, where there is one, `test` to adapt to without their labels:
+            shuffled, since stored order is often sorted by class, the same in every iteration.
     """
 
     train: TrainLoader
     val: EvalLoader
     test: EvalLoader | None
     stats: ImageLoader
+    augmented_stats: ImageLoader
+    targets: Mapping[str, ImageLoader]
 
     @property
     def skipped(self) -> list[str]:
@@ -186,7 +192,7 @@ class Loaders:
             loader.close()
 
     def _all(self) -> list[ImageLoader]:
-        loaders = [self.train, self.val, self.test, self.stats]
+        loaders = [self.train, self.val, self.test, self.stats, self.augmented_stats, *self.targets.values()]
         return [loader for loader in loaders if loader is not None]
 
 
@@ -229,12 +235,20 @@ def build_loaders(
         ranks={"rank": rank, "world_size": world_size},
         domains=_domain_numbers(splits, domains),
     )
-    train_order, clean_order = kit.train_orders(batch_size, eval_batch_size, seed)
+    train_order, clean_order, augmented_order = kit.train_orders(batch_size, eval_batch_size, seed)
     return Loaders(
         train=TrainLoader(kit.train_reader(transforms.train, seed), train_order, persistent=True, **kit.process),
         val=kit.evaluation("val", splits.val, eval_batch_size, persistent=True),
         test=None if splits.test is None else kit.evaluation("test", splits.test, eval_batch_size, persistent=False),
         stats=ImageLoader(kit.train_reader(transforms.eval), clean_order, persistent=False, **kit.process),
+        augmented_stats=ImageLoader(
+            kit.train_reader(transforms.train, seed), augmented_order, persistent=False, **kit.process
+        ),
+        targets={
+            name: kit.target(role, split, eval_batch_size, seed)
+            for name, role, split in (("validation", "val", splits.val), ("test", "test", splits.test))
+            if split is not None
+        },
     )
 
 
@@ -264,20 +278,28 @@ class _Kit:
     def train_reader(self, transform: Transform, seed: int | None = None) -> ImageReader:
         return self.reader("train", self.splits.train, transform, seed=seed, domains=self.domains)
 
-    def train_orders(self, batch_size: int, clean_size: int, seed: int) -> tuple[Any, Any]:
-        """Samplers of the training images: for training, and for statistics."""
+    def train_orders(self, batch_size: int, clean_size: int, seed: int) -> tuple[Any, Any, Any]:
+        """Samplers of the training images: for training, for statistics, and for statistics under augmentation."""
         train, ranks = self.splits.train, self.ranks
         clean_seed = derive_seed(seed, _STATISTICS)
         if isinstance(train, IterableDataset):
             buffer_size = self.data.shuffle_buffer
-            return (
-                StreamSampler(train, batch_size, seed=seed, buffer_size=buffer_size, endless=True, **ranks),
-                StreamSampler(train, clean_size, seed=clean_seed, buffer_size=buffer_size, **ranks),
-            )
-        return (
-            TrainSampler(len(train), batch_size, seed=seed, spread=self.domains, **ranks),
-            TrainSampler(len(train), clean_size, seed=clean_seed, even=True, **ranks),
-        )
+            order: Any = StreamSampler(train, batch_size, seed=seed, buffer_size=buffer_size, endless=True, **ranks)
+            clean = partial(StreamSampler, train, clean_size, seed=clean_seed, buffer_size=buffer_size, **ranks)
+        else:
+            order = TrainSampler(len(train), batch_size, seed=seed, spread=self.domains, **ranks)
+            clean = partial(TrainSampler, len(train), clean_size, seed=clean_seed, even=True, **ranks)
+        return order, clean(), clean()
+
+    def target(self, role: str, split: Any, size: int, seed: int) -> ImageLoader:
+        """Images of an evaluation split in random order."""
+        target_seed = derive_seed(seed, _STATISTICS)
+        if isinstance(split, IterableDataset):
+            buffer_size = self.data.shuffle_buffer
+            order: Any = StreamSampler(split, size, seed=target_seed, buffer_size=buffer_size, **self.ranks)
+        else:
+            order = EvalSampler(len(split), size, seed=target_seed, **self.ranks)
+        return ImageLoader(self.reader(role, split, self.transforms.eval), order, persistent=False, **self.process)
 
     def evaluation(self, role: str, split: Any, size: int, *, persistent: bool) -> EvalLoader:
         if isinstance(split, IterableDataset):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,11 +109,20 @@ class TrainSampler(Sampler[list[Pick]]):
 
 
 class EvalSampler(Sampler[list[Pick]]):
-    """Every `world_size`-th image in order, each on exactly one rank, in batches of up to `batch_size`."""
+    """Every `world_size`-th image, each on exactly one rank, in batches of up to `batch_size`.
 
-    def __init__(self, length: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+    The images come in stored order, or in a random one that `seed` fixes.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, *, seed: int | None = None, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.length, self.batch_size = length, batch_size
-        self.numbers = range(rank, length, world_size)
+        order: Sequence[int] = range(length)
+        if seed is not None:
+            generator = torch.Generator().manual_seed(derive_seed(seed, _ORDER, 0))
+            order = torch.randperm(length, generator=generator).tolist()
+        self.numbers = order[rank::world_size]
 
     def __len__(self) -> int:
         """Batches of this rank; another rank may have one more."""

@@ -160,6 +160,31 @@ def test_statistics_see_clean_training_images_once_in_shuffled_even_batches(fold
 def test_statistics_are_the_same_in_every_iteration(folder):
     built = loaders(folder)
     assert same(list(built.stats), list(built.stats))
+    assert same(list(built.augmented_stats), list(built.augmented_stats))
+    assert not same(list(built.stats), list(built.augmented_stats))
+
+
+def test_augmented_statistics_do_not_disturb_training(folder):
+    alone, built = loaders(folder), loaders(folder, workers=2)
+    batches = iter(built.train)
+    begun = [next(batches), next(batches)]
+    assert len(list(built.augmented_stats)) == 5
+    assert same([*begun, *batches], list(alone.train))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_images_to_adapt_to_come_shuffled_once_over_all_ranks(folder, world_size):
+    swapped = {"train_split": "val", "val_split": "train"}
+    ranks = [loaders(folder, rank=rank, world_size=world_size, **swapped) for rank in range(world_size)]
+    assert set(ranks[0].targets) == {"validation"}
+    targets = [list(rank.targets["validation"]) for rank in ranks]
+    assert all(same(list(rank.targets["validation"]), seen) for rank, seen in zip(ranks, targets, strict=True))
+    stored = [image.sum().item() for rank in ranks for images, _, _ in rank.val for image in images]
+    seen = [image.sum().item() for rank in targets for images, _ in rank for image in images]
+    assert sorted(seen) == sorted(stored)
+    assert seen != stored
+    labels = [int(label) for rank in targets for _, batch in rank for label in batch]
+    assert labels != sorted(labels)
 
 
 def test_remainder_is_dropped_on_request(folder):
