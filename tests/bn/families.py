@@ -15,7 +15,7 @@ class Family:
 
 
 FAMILIES = {
-    "byoanet": Family("bat_resnext26ts", size=256, batch=2),
+    "byoanet": Family("botnet26t_256", size=256, batch=2),
     "byobnet": Family("test_byobnet"),
     "convmixer": Family("convmixer_768_32"),
     "cpubone": Family("cpubone_nano"),
