@@ -1,12 +1,7 @@
-"""A convolution that also does what the frozen BN layer behind it did.
+"""Convs that also do what the frozen BN layers behind them did.
 
-With fixed statistics, conv + BN is one conv with other weights:
-
-    y = conv(x, W * s) + (b + (c - m) * s),    s = g / sqrt(v + e)
-
-computed anew from W, c, g, b in each forward, so that gradients reach all of them while nothing of activation size is
-added (You et al. 2024, "Tune Mode ConvBN Blocks"). Both layers are taken over in place, as in switches.py: the conv's
-class becomes a subclass of its own that folds, the BN layer's one that only applies what follows normalising.
+Both layers are taken over in place, as in switches.py: the conv's class becomes a subclass of its own that folds, with
+parameters computed anew in each forward, and the BN layer's one that only applies what follows normalising.
 """
 
 from __future__ import annotations
@@ -18,85 +13,11 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from bnfinetune.bn.conv_bn import conv_bn, fold_parameters, is_plain
 from bnfinetune.bn.layers import BNClass, Tail, native_class, require_known
 from bnfinetune.bn.recorder import affine_of, population_of
 from bnfinetune.bn.switches import SwitchedBN, _blank_layer, change_listeners, switches_of
-from bnfinetune.errors import LayerError
-
-CONVOLUTIONS = (_ConvNd, nn.Linear)
-"""What can take a BN layer in: on a batch (N, C), `nn.Linear` is a convolution of kernel size 1."""
-
-
-class _FoldParameters(torch.autograd.Function):
-    """`W * s` and `b + o * s` with `s = g r`: half as many small kernels as autograd would run."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        weight: Tensor, offset: Tensor, rstd: Tensor, gain: Tensor | None, shift: Tensor | None, shape: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor]:
-        scale = rstd if gain is None else gain * rstd
-        bias = offset * scale if shift is None else torch.addcmul(shift, offset, scale)
-        return weight * scale.view(shape), bias
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        weight, offset, rstd, gain, _, ctx.shape = inputs
-        ctx.save_for_backward(weight, offset, rstd, gain)
-
-    @staticmethod
-    def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
-        weight, offset, rstd, gain = ctx.saved_tensors
-        for_weight, for_offset, _, for_gain, for_shift, _ = ctx.needs_input_grad
-        scale = rstd if gain is None else gain * rstd
-        to_gain = None
-        if for_gain:
-            dims = [dim for dim, size in enumerate(ctx.shape) if size == 1]
-            to_gain = rstd * torch.addcmul((grad_weight * weight).sum(dims), grad_bias, offset)
-        return (
-            grad_weight * scale.view(ctx.shape) if for_weight else None,
-            grad_bias * scale if for_offset else None,
-            None,
-            to_gain,
-            grad_bias if for_shift else None,
-            None,
-        )
-
-
-def channel_axis(conv: nn.Module) -> int:
-    """The axis of a conv's weight that runs over output channels."""
-    return 1 if isinstance(conv, _ConvTransposeNd) else 0
-
-
-def fold_parameters(conv: nn.Module, bn: nn.Module, wide: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Weight and bias with which a conv alone computes what it and a BN layer of fixed statistics do.
-
-    Args:
-        conv: a convolution with `weight` (O, I, ...) or, where transposed, (I, O, ...).
-        bn: a BN layer of O channels, normalising with the running statistics of its present domain.
-        wide: the dtype to compute in; by default that of W, or float32 for half precision.
-
-    Returns:
-        `W * s` in the shape of W, and `b + (c - m) * s` of shape (O,), both in the dtype of W and differentiable in
-        W, c, g and b.
-    """
-    stats = population_of(bn)
-    if stats is None:
-        raise LayerError(f"a folded {native_class(bn).__name__} has lost its running statistics; set them again")
-    weight, own_bias = cast(Tensor, conv.weight), cast(Tensor | None, conv.bias)
-    wide = wide or torch.promote_types(weight.dtype, torch.float32)
-    gain, shift = (None if tensor is None else tensor.to(wide) for tensor in affine_of(bn))
-    mean = stats.mean.to(wide)
-    # Both are new tensors, since DDP overwrites buffers at the next forward, which may come before this backward.
-    rstd = (stats.var.to(wide) + cast(float, bn.eps)).rsqrt()
-    offset = -mean if own_bias is None else own_bias.to(wide) - mean
-    axis = channel_axis(conv)
-    shape = tuple(-1 if dim == axis else 1 for dim in range(weight.ndim))
-    folded, bias = _FoldParameters.apply(weight.to(wide), offset, rstd, gain, shift, shape)
-    return folded.to(weight.dtype), bias.to(weight.dtype)
 
 
 def run_with(conv: nn.Module, weight: Tensor, bias: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -142,19 +63,21 @@ class Fold:
     def __getstate__(self) -> dict[str, Any]:
         return {"bn": self.bn, "kept": None}
 
-    def parameters(self, conv: nn.Module) -> tuple[Tensor, Tensor]:
-        """Folded weight and bias: the kept ones if neither layer trains and nothing has changed."""
+    def convolve(self, conv: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Runs the conv with folded parameters: the kept ones if neither layer trains and nothing has changed."""
         if _traced():
-            return fold_parameters(conv, self.bn)
+            return run_with(conv, *fold_parameters(conv, self.bn), *args, **kwargs)
         sources, eps = _sources(conv, self.bn), cast(float, self.bn.eps)
         if any(tensor.requires_grad or tensor.is_inference() for tensor in sources):
             self.kept = None
-            return fold_parameters(conv, self.bn)
+            if is_plain(conv):
+                return conv_bn(conv, self.bn, *args, *kwargs.values())
+            return run_with(conv, *fold_parameters(conv, self.bn), *args, **kwargs)
         if self.kept is None or not self.kept.holds_for(sources, eps):
             # Inference tensors could not be used in a later forward that trains.
             with torch.inference_mode(False), torch.no_grad():
                 self.kept = _Kept(sources, eps, fold_parameters(conv, self.bn))
-        return self.kept.folded
+        return run_with(conv, *self.kept.folded, *args, **kwargs)
 
 
 def _traced() -> bool:
@@ -197,7 +120,7 @@ class FoldedConv(_ForgetsFolds):
     _fold: Fold
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return run_with(self, *self._fold.parameters(self), *args, **kwargs)
+        return self._fold.convolve(self, *args, **kwargs)
 
     def _folds(self) -> list[Fold]:
         return [self._fold]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 from torch.utils._pytree import tree_leaves
 
+from bnfinetune.bn.conv_bn import fold_parameters
 from bnfinetune.bn.fold import unfolded
-from bnfinetune.bn.folded import fold_parameters
 from bnfinetune.bn.layers import (
     Tail,
     _drop_and_act,

@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from bnfinetune.bn.folded import CONVOLUTIONS, channel_axis, run_with
+from bnfinetune.bn.conv_bn import CONVOLUTIONS, channel_axis
+from bnfinetune.bn.folded import run_with
 from bnfinetune.bn.layers import unwrap, walk_modules
 from bnfinetune.errors import PolicyError
 
@@ -71,9 +72,9 @@ def find_pairs(model: nn.Module, layers: Mapping[str, nn.Module], example_input:
             returned = bare(*args, **kwargs)
         except Exception as error:
             shown = "the example input" if example_input is not None else "zeros of pretrained_cfg['input_size']"
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise PolicyError(
-                f"{type(bare).__name__} fails on {shown} ({type(error).__name__}: {str(error).splitlines()[0]}); "
-                f"pass an example_input that it takes"
+                f"{type(bare).__name__} fails on {shown} ({reason}); pass an example_input that it takes"
             ) from error
     flow.note_survivors()
     del returned

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from timm import layers
 from torch import nn
 
 from bnfinetune.bn import freeze_bn
@@ -84,33 +85,47 @@ def built(name: str) -> nn.Module:
 
 def images_for(model: nn.Module) -> torch.Tensor:
     size, fixed = model.pretrained_cfg["input_size"][-1], model.pretrained_cfg.get("fixed_input_size")
-    side = size if fixed else max(64, size // 64 * 32)
+    side = size if fixed or "halo" in model.pretrained_cfg["architecture"] else max(64, size // 64 * 32)
     return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def compare(name: str) -> tuple[int, int, float, float, float]:
-    """Layers folded, layers, and relative errors: of float64, of float32, and of unfolded float32 BN."""
-    model = built(name)
-    plain, x = copy.deepcopy(model).eval(), images_for(model)
-    truth = outcome(copy.deepcopy(plain).double(), x)
-    fold_bn(freeze_bn(model, affine=False))
-    report = fold_report(model)
-    model.eval()
+KINKED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.Hardsigmoid, layers.HardSwish, layers.HardSigmoid)
 
-    def error(module: nn.Module) -> float:
-        found = outcome(module, x.to(next(module.parameters()).dtype))
-        return relative_error({key: value.double() for key, value in found.items()}, truth)
 
-    return len(report.folded), len(report), error(copy.deepcopy(model).double()), error(model), error(plain)
+def smooth(model: nn.Module) -> nn.Module:
+    """Without kinks, where roundoff alone may send a gradient another way, as 2 of DenseNet's 6 million ReLUs do."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, KINKED):
+                setattr(parent, name, nn.Softplus())
+    return model
+
+
+def folded(model: nn.Module) -> nn.Module:
+    return fold_bn(freeze_bn(copy.deepcopy(model).train(), affine=False)).eval()
+
+
+def error(model: nn.Module, x: torch.Tensor, truth: dict[str, torch.Tensor]) -> float:
+    found = outcome(model, x.to(next(model.parameters()).dtype))
+    return relative_error({key: value.double() for key, value in found.items()}, truth)
 
 
 def check(name: str) -> None:
-    folded, layers, double, single, unfolded = compare(name)
-    print(f"\n{name:24} {folded:4} of {layers:4} folded; errors: {double:.1e} float64, {single:.1e} float32, ", end="")
-    print(f"{unfolded:.1e} float32 with eval-mode BN", end="")
-    assert (folded, layers) == FAMILIES[name]
+    plain = built(name).eval()
+    x, model = images_for(plain), folded(plain)
+    report = fold_report(model)
+    double = error(model.double(), x, outcome(copy.deepcopy(plain).double(), x))
+    truth = outcome(smooth(copy.deepcopy(plain)).double(), x)
+    single, unfolded = error(folded(smooth(plain)), x, truth), error(plain, x, truth)
+    counts = len(report.folded), len(report)
+    print(
+        f"\n{name:24} {counts[0]:4} of {counts[1]:4} folded; errors: {double:.1e} float64, {single:.1e} float32 ",
+        end="",
+    )
+    print(f"({unfolded:.1e} with eval-mode BN)", end="")
+    assert counts == FAMILIES[name]
     assert double < 1e-10
-    assert single < max(1e-4, 3 * unfolded)  # roundoff of float32 alone may move a deep network by more
+    assert single < 1e-4
 
 
 @pytest.mark.parametrize("name", QUICK)
