@@ -333,6 +333,9 @@ class Run(Section):
     check: Literal["off", "warn", "error"] = Field(
         default="warn", description="look for BatchNorm pitfalls before training: print what is found, or refuse errors"
     )
+    report: bool = Field(
+        default=True, description="follow the BN statistics over the run, and write report.html at its end"
+    )
     tracking: str | None = Field(
         default=None, description="trackers of Accelerate, comma-separated, such as tensorboard or wandb"
     )

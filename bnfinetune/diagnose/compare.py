@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,33 @@ def compare(layer: nn.Module, rows: Rows) -> LayerDrift:
         var_noise=_variance(around) / scale.square() / ratio,
         importance=_importance(layer, len(scale)),
     )
+
+
+class Stored(NamedTuple):
+    """A layer's running statistics at some moment, float64 on the CPU, shape (C,)."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def stored_of(layers: Mapping[str, nn.Module]) -> dict[str, Stored]:
+    """Copies of the running statistics of every layer that keeps some."""
+    found = {name: population_of(layer) for name, layer in layers.items()}
+    return {
+        name: Stored(*(buffer.detach().to("cpu", torch.float64, copy=True) for buffer in (stats.mean, stats.var)))
+        for name, stats in found.items()
+        if stats is not None
+    }
+
+
+def moved(layer: nn.Module, before: Stored) -> float:
+    """How far a layer's running statistics have moved: as `LayerDrift.drift`, in standard deviations of before."""
+    now = stored_of({"": layer})[""]
+    eps = float(layer.eps)  # type: ignore[arg-type]
+    scale = before.var.clamp(min=0) + eps
+    shift, ratio = (now.mean - before.mean) / scale.sqrt(), (now.var + eps) / scale
+    squared = shift.square() + (ratio.sqrt() - 1).square()
+    return math.sqrt(float(_importance(layer, len(scale)) @ squared))
 
 
 def _variance(rows: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnfinetune.bn.feed import Feed, device_of, labels_of, model_input
-from bnfinetune.bn.layers import Globs, native_class, select_layers, unwrap
+from bnfinetune.bn.fold import unfolded
+from bnfinetune.bn.layers import Globs, find_bn_layers, native_class, select_layers, unwrap
 from bnfinetune.bn.moments import Moments
 from bnfinetune.bn.precise import evaluation_mode
 from bnfinetune.bn.recorder import Rows, affine_of, population_of, recording
-from bnfinetune.diagnose.compare import ImageRows, compare, observing
+from bnfinetune.diagnose.compare import ImageRows, LayerDrift, compare, drifts, observing
 from bnfinetune.diagnose.drift_report import BATCH_SIZES, FITS, DriftReport, LayerReport, Regime
 from bnfinetune.diagnose.facts import is_untouched
 from bnfinetune.errors import StatisticsError
@@ -71,10 +72,30 @@ def inspect_bn(
     sample = _read(data, images, device_of(net))
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(net))
+        stack.enter_context(unfolded(net))  # a folded layer sees what its conv has normalised already
         stack.enter_context(torch.random.fork_rng(devices=_cuda(sample.images.device)))
         lab = _Lab(net, chosen, sample)
         report = lab.measure(steps, training_images or _size(data))
         return lab.with_causes(report, causes)
+
+
+@torch.no_grad()
+def layer_drifts(model: nn.Module, images: Tensor) -> dict[str, LayerDrift]:
+    """Stored statistics of every layer against those of one batch, as training would normalise it.
+
+    The short form of `inspect_bn`: one forward, and the model is as before.
+
+    Args:
+        model: any model with BN layers.
+        images: shape (B, C, H, W), on the model's device.
+    """
+    net = unwrap(model)
+    with evaluation_mode(net), unfolded(net):
+        layers = {name: layer for name, layer in find_bn_layers(net).items() if population_of(layer) is not None}
+        with recording(layers), observing(layers) as seen:
+            seen.images = len(images)
+            net(images)
+        return drifts(layers, seen)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def noise_curve(report: DriftReport) -> Markup:
             sizes, values = zip(*report.batch_noise.items(), strict=True)
             axis.plot(sizes, values, color=_INK, marker="x", linestyle="none", label="worst layer, measured batches")
         axis.axhline(SOUND_NOISE, color=_INK, linewidth=0.8, linestyle=":")
-        axis.text(BATCH_SIZES[0], SOUND_NOISE, " sound below", va="bottom", fontsize=8)
+        axis.text(BATCH_SIZES[-1], SOUND_NOISE, "sound below", va="bottom", ha="right", fontsize=8)
         axis.set(xscale="log", yscale="log", xlabel="images per statistic", ylabel="noise, standard deviations")
         axis.set_xticks(BATCH_SIZES, [str(size) for size in BATCH_SIZES])
         axis.minorticks_off()
@@ -142,28 +142,62 @@ def causes(report: DriftReport) -> Markup:
     return Markup(out[0])
 
 
-def curves(history: Sequence[Mapping[str, Any]], keys: Mapping[str, str], label: str, name: str) -> Markup:
-    """Values of a run's history over its updates; `keys` maps keys of the records to names of the lines."""
+def curves(
+    history: Sequence[Mapping[str, Any]],
+    keys: Mapping[str, str],
+    label: str,
+    name: str,
+    *,
+    percent: bool = False,
+    best: int | None = None,
+) -> Markup:
+    """Values of a run's history over its updates.
+
+    Args:
+        history: records with `update` and some of the keys.
+        keys: names of the two lines by key of the records.
+        label: what the values are.
+        name: of the figure, one of its own on a page.
+        percent: whether the values are shares.
+        best: the update to mark as the best.
+    """
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    styles = ((_BLUE, "o"), (_ORANGE, "s"))
     with _figure(name, 6.4, 3.0) as (_, axis, out):
-        for (key, title), colour in zip(keys.items(), (_BLUE, _ORANGE, _GREEN, _INK), strict=False):
+        for (key, title), (colour, marker) in zip(keys.items(), styles, strict=True):
             known = [record for record in history if record.get(key) is not None]
-            axis.plot([r["update"] for r in known], [r[key] for r in known], label=title, color=colour, marker=".")
+            updates, values = [r["update"] for r in known], [r[key] for r in known]
+            axis.plot(updates, values, label=title, color=colour, marker=marker, markersize=3)
+        if best is not None:
+            axis.axvline(best, color=_INK, linewidth=0.8, linestyle=":", label="best network")
         axis.set(xlabel="optimizer updates", ylabel=label)
+        axis.set_ylim(bottom=None if percent else 0)
+        axis.set_xlim(left=min(0, *axis.get_xlim()))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if percent:
+            axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
         axis.legend(fontsize=8)
     return Markup(out[0])
 
 
 def confusion(counts: Sequence[Sequence[int]], class_names: Sequence[str]) -> Markup:
-    """The confusion matrix, rows as shares of the true class's images; names up to 40 classes."""
+    """The confusion matrix, rows as shares of the true class's images; names up to 40 classes, counts up to 20."""
     table = np.array(counts, dtype=float)
     shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
-    side = min(2.5 + 0.22 * len(class_names), 9.0)
+    side = min(2.5 + 0.32 * len(class_names), 9.0)
     with _figure("confusion", side, side) as (_, axis, out):
         axis.imshow(shares, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
         if len(class_names) <= 40:
             labels = [_short(name, 20) for name in class_names]
-            axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
-            axis.set_yticks(range(len(labels)), labels, fontsize=7)
+            upright = 0 if max(map(len, labels), default=0) <= 3 else 90
+            axis.set_xticks(range(len(labels)), labels, rotation=upright, fontsize=8)
+            axis.set_yticks(range(len(labels)), labels, fontsize=8)
+        if len(class_names) <= 20:
+            for row, column in zip(*table.nonzero(), strict=True):
+                colour = "#101418" if shares[row, column] > 0.5 else "#ffffff"
+                text = f"{table[row, column]:.0f}"
+                axis.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
         axis.set(xlabel="predicted", ylabel="true")
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)

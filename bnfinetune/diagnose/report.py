@@ -1,100 +1,16 @@
-"""Reports as one self-contained page: no script, no request to any host, everything from data escaped."""
+"""What `inspect_bn` measured, as a page."""
 
 from __future__ import annotations
 
-import base64
-import importlib.metadata
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import jinja2
-from markupsafe import Markup
+from collections.abc import Sequence
 
 from bnfinetune.diagnose import figures
-from bnfinetune.diagnose.drift_report import BATCH_SIZES, SOUND_NOISE, DriftReport, LayerReport, remarks
+from bnfinetune.diagnose.drift_report import BATCH_SIZES, SOUND_NOISE, DriftReport, LayerReport, Regime, remarks
 from bnfinetune.diagnose.finding import Finding
+from bnfinetune.diagnose.page import Drawing, Grid, Page, Part
 from bnfinetune.diagnose.recommend import Recommendation
 
 _SHOWN_LAYERS = 12
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure; the caption says in words what it shows, for those who cannot see it."""
-
-    svg: Markup
-    caption: str
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table; the first column heads its rows, `words` are the columns that hold no numbers."""
-
-    caption: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    words: tuple[int, ...] = ()
-    folded: bool = False
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image, and what it is."""
-
-    png: bytes
-    alt: str
-
-    @property
-    def data(self) -> str:
-        return base64.b64encode(self.png).decode()
-
-
-@dataclass(frozen=True)
-class Part:
-    """A section of a page; what is empty is left out."""
-
-    title: str
-    texts: tuple[str, ...] = ()
-    points: tuple[str, ...] = ()
-    command: str = ""
-    findings: tuple[Finding, ...] = ()
-    figures: tuple[Drawing, ...] = ()
-    tables: tuple[Grid, ...] = ()
-    pictures: tuple[Picture, ...] = ()
-
-    @property
-    def anchor(self) -> str:
-        return re.sub(r"\W+", "-", self.title.lower())
-
-
-@dataclass(frozen=True)
-class Page:
-    """A whole report."""
-
-    title: str
-    verdict: str
-    numbers: Mapping[str, str] = field(default_factory=dict)
-    sections: tuple[Part, ...] = ()
-
-    @property
-    def footer(self) -> str:
-        return f"bnfinetune {importlib.metadata.version('bnfinetune')}"
-
-    def html(self) -> str:
-        """The page as text."""
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("bnfinetune.diagnose", "templates"),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-        )
-        return environment.get_template("report.html.jinja").render(page=self)
-
-    def write(self, path: str | Path) -> None:
-        """Writes the page to a file."""
-        Path(path).write_text(self.html(), encoding="utf-8")
 
 
 def drift_page(
@@ -116,18 +32,18 @@ def drift_page(
         >>> drift_page(bnf.inspect_bn(model, loader)).write("report.html")
     """
     advice = [] if recommendation is None else [_advice(recommendation)]
-    checks = [_checks(findings)] if findings else []
-    sections = [
-        *advice,
-        *checks,
-        _cost(report),
-        *_causes(report),
-        _map(report),
-        _layers(report),
-        _noise(report),
-        _terms(),
-    ]
+    sections = [*advice, *checks(findings), *drift_parts(report)]
     return Page(title, report.verdict, _numbers(report), tuple(sections))
+
+
+def drift_parts(report: DriftReport) -> list[Part]:
+    """The sections of a page that show what `inspect_bn` measured."""
+    return [_cost(report), *_causes(report), _map(report), _layers(report), _noise(report), _terms()]
+
+
+def checks(findings: Sequence[Finding]) -> list[Part]:
+    """The section of a page that shows findings; none where there are none."""
+    return [Part("Checks", findings=tuple(findings))] if findings else []
 
 
 def _numbers(report: DriftReport) -> dict[str, str]:
@@ -156,30 +72,24 @@ def _advice(recommendation: Recommendation) -> Part:
     )
 
 
-def _checks(findings: Sequence[Finding]) -> Part:
-    return Part("Checks", findings=tuple(findings))
-
-
 def _cost(report: DriftReport) -> Part:
     kinds = {
         "running statistics": report.running,
         f"each batch's own ({report.batch_size} images)": report.batch,
         "re-estimated from these images": report.reestimated,
     }
-    rows = tuple(
-        (
-            name,
-            "" if each.accuracy is None else f"{each.accuracy:.1%}",
-            "" if each.loss is None else f"{each.loss:.3f}",
-            f"{each.distance:.3f}",
-        )
-        for name, each in kinds.items()
-    )
-    table = Grid(
-        "The same images under three kinds of statistics", ("normalised by", "accuracy", "loss", "distance"), rows
-    )
+    header: tuple[str, ...] = ("normalised by", "accuracy", "loss", "distance")
+    rows = [(name, *_marks(each), f"{each.distance:.3f}") for name, each in kinds.items()]
+    if report.running.loss is None:
+        header = (header[0], header[-1])
+    table = Grid("The same images under three kinds of statistics", header, tuple(rows))
     caption = "What the model makes of the same images before and after re-estimation; the numbers are in the table."
     return Part("Before and after re-estimation", figures=(Drawing(figures.regimes(report), caption),), tables=(table,))
+
+
+def _marks(regime: Regime) -> tuple[str, ...]:
+    """What only images with labels tell."""
+    return () if regime.accuracy is None or regime.loss is None else (f"{regime.accuracy:.1%}", f"{regime.loss:.3f}")
 
 
 def _causes(report: DriftReport) -> list[Part]:
@@ -258,74 +168,3 @@ def _terms() -> Part:
             "Dead: constant on these images. Starved: stored variance below eps. Muted: weight near 0.",
         ),
     )
-
-
-def run_page(
-    *,
-    title: str,
-    before: Mapping[str, Mapping[str, float]],
-    after: Mapping[str, Mapping[str, float]],
-    history: Sequence[Mapping[str, Any]] = (),
-    confusion: Sequence[Sequence[int]] = (),
-    class_names: Sequence[str] = (),
-    per_class: Mapping[str, float] | None = None,
-    mistakes: Sequence[Picture] = (),
-    drift: DriftReport | None = None,
-    findings: Sequence[Finding] = (),
-) -> Page:
-    """A finished training run as a page.
-
-    Args:
-        title: the run's name.
-        before: metrics by split before training: `top1`, `loss` and others.
-        after: the same after it.
-        history: one record per evaluation with `update` and any of `train_loss`, `loss`, `top1`, `macro_f1`, `drift`.
-        confusion: counts by true and predicted class, on the last split of `after`.
-        class_names: names of the classes, in order.
-        per_class: accuracy by class name.
-        mistakes: the images that the model gets most wrong; `alt` says what they are and are taken for.
-        drift: statistics of the trained model against the validation data.
-        findings: of the checks at the start.
-    """
-    last = list(after)[-1]
-    verdict = f"{last}: top-1 {before[last]['top1']:.1%} before, {after[last]['top1']:.1%} after"
-    parts = [_metrics(before, after)]
-    if history:
-        parts.append(_history(history))
-    if confusion:
-        drawing = Drawing(figures.confusion(confusion, class_names), f"Share of each true class's images, {last}.")
-        parts.append(Part("Confusion", figures=(drawing,), tables=_per_class(per_class)))
-    if mistakes:
-        parts.append(Part("Most wrong", pictures=tuple(mistakes)))
-    if findings:
-        parts.append(_checks(findings))
-    if drift is not None:
-        parts += [_cost(drift), _map(drift), _layers(drift), _noise(drift), _terms()]
-    return Page(title, verdict, {}, tuple(parts))
-
-
-def _metrics(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> Part:
-    keys = [key for key in next(iter(after.values())) if isinstance(next(iter(after.values()))[key], float)]
-    rows = tuple(
-        (f"{split} {when}", *(f"{values[key]:.4g}" for key in keys))
-        for split in after
-        for when, values in (("before", before[split]), ("after", after[split]))
-    )
-    return Part("Result", tables=(Grid("Metrics by split", ("", *keys), rows),))
-
-
-def _history(history: Sequence[Mapping[str, Any]]) -> Part:
-    loss = figures.curves(history, {"train_loss": "training", "loss": "validation"}, "loss", "losses")
-    shares = figures.curves(history, {"top1": "top-1", "macro_f1": "macro F1"}, "validation", "accuracies")
-    drawings = [Drawing(loss, "Loss over the run."), Drawing(shares, "Validation accuracy over the run.")]
-    if any(record.get("drift") is not None for record in history):
-        drift = figures.curves(history, {"drift": "worst layer"}, "standard deviations", "drifts")
-        drawings.append(Drawing(drift, "Drift of the running statistics over the run."))
-    return Part("Over the run", figures=tuple(drawings))
-
-
-def _per_class(per_class: Mapping[str, float] | None) -> tuple[Grid, ...]:
-    if not per_class:
-        return ()
-    rows = tuple((name, f"{share:.1%}") for name, share in sorted(per_class.items(), key=lambda item: item[1]))
-    return (Grid("Accuracy by class, the worst first", ("class", "accuracy"), rows, folded=True),)

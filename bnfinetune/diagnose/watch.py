@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnfinetune.bn.fold import unfolded
 from bnfinetune.bn.layers import bn_class, find_bn_layers
 from bnfinetune.bn.precise import evaluation_mode
 from bnfinetune.bn.recorder import population_of, recording
@@ -183,7 +184,7 @@ class _Watcher:
         tracked = {name: layer for name, layer in self._layers.items() if population_of(layer) is not None}
         live = {name: layer for name, layer in tracked.items() if self._trace.layers[name].updating}
         try:
-            with evaluation_mode(self._bare), _same_draws(images.device):
+            with evaluation_mode(self._bare), unfolded(self._bare), _same_draws(images.device):
                 evaluated, by_running = self._again(tracked, len(images))
                 with recording(live):
                     trained, by_batch = self._again(live, len(images))

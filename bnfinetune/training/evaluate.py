@@ -24,13 +24,16 @@ from bnfinetune.training.data.loaders import ImageLoader
 from bnfinetune.training.data.splits import load_splits
 from bnfinetune.training.feed import recipe_loaders
 from bnfinetune.training.metrics import Metrics, Tally
+from bnfinetune.training.mistakes import Mistakes
 from bnfinetune.training.norms import CONFIG_KEY, rebuild_norms
 from bnfinetune.training.provenance import check_provenance
 from bnfinetune.training.start import start_accelerator
 
 
-def measure(model: nn.Module, loader: Any, num_classes: int, accelerator: Accelerator) -> Metrics:
-    """Metrics of `model` over `loader`, of which each rank holds a disjoint share.
+def measure(
+    model: nn.Module, loader: Any, num_classes: int, accelerator: Accelerator, mistakes: Mistakes | None = None
+) -> Metrics:
+    """Metrics of `model` over `loader`, of which each rank holds a disjoint share; `mistakes` keeps the worst of it.
 
     The bare model is called, never its DDP wrapper, so ranks may hold different numbers of batches.
     """
@@ -38,10 +41,15 @@ def measure(model: nn.Module, loader: Any, num_classes: int, accelerator: Accele
     memory_format = input_format(model)
     # no inference mode: entropy minimisation at test time takes gradients
     with evaluation_mode(model), torch.no_grad(), accelerator.autocast():
-        for images, labels, *_ in loader:
+        for images, labels, *indices in loader:
             images = images.to(accelerator.device, non_blocking=True, memory_format=memory_format)
-            tally.add(model(images), labels.to(accelerator.device, non_blocking=True))
+            logits, labels = model(images), labels.to(accelerator.device, non_blocking=True)
+            tally.add(logits, labels)
+            if mistakes is not None:
+                mistakes.add(images, logits, labels, indices[0])
     tally.merge()
+    if mistakes is not None:
+        mistakes.merge()
     return tally.metrics()
 
 

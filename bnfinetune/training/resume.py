@@ -17,7 +17,7 @@ from bnfinetune.training.folder import choose_folder, write_text
 from bnfinetune.training.start import on_main
 
 # Where a run lives and whether it goes on do not change what it computes.
-_FREE_KEYS = {"run.dir", "run.check", "run.tracking", "train.resume", "data.workers", "checkpoint.keep"}
+_FREE_KEYS = {"run.dir", "run.check", "run.report", "run.tracking", "train.resume", "data.workers", "checkpoint.keep"}
 
 
 @dataclass(frozen=True)

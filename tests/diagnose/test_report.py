@@ -11,8 +11,10 @@ from torch import nn
 
 import bnfinetune as bnf
 from bnfinetune.diagnose.drift import inspect_bn
+from bnfinetune.diagnose.page import Picture
 from bnfinetune.diagnose.recommend import Situation, recommend
-from bnfinetune.diagnose.report import Picture, drift_page, run_page
+from bnfinetune.diagnose.report import drift_page
+from bnfinetune.diagnose.run_report import RunStory, run_page
 
 EVIL = '<img src=x onerror="alert(1)">$&amp;'
 PNG = bytes.fromhex("89504e470d0a1a0a")
@@ -38,17 +40,23 @@ def page(report):
 
 @pytest.fixture(scope="module")
 def story(report):
-    return run_page(
+    told = RunStory(
         title=EVIL,
-        before={"validation": {"top1": 0.4, "loss": 2.0}},
-        after={"validation": {"top1": 0.9, "loss": 0.3}},
-        history=[{"update": n, "loss": 1 / (n + 1), "train_loss": 1.0, "top1": 0.5, "drift": 0.1} for n in range(3)],
+        before={"validation": {"images": 8, "top1": 0.4, "loss": 2.0}},
+        after={"validation": {"images": 8, "top1": 0.875, "loss": 0.3}},
+        history=[{"update": n, "loss": 1 / (n + 1), "train_loss": 1.0, "top1": 0.5, "bn_drift": 0.1} for n in range(3)],
+        best_update=2,
         confusion=[[3, 1], [0, 4]],
         class_names=[EVIL, "b\x00c"],
         per_class={EVIL: 0.75, "b": 1.0},
-        mistakes=[Picture(PNG, f"{EVIL} taken for b")],
+        mistakes=[Picture(PNG, EVIL, ("taken for b", f"{EVIL}.png"))],
         drift=report,
-    ).html()
+        findings=bnf.check_bn(nn.Sequential(nn.BatchNorm2d(3)), batch_size=2, grad_accum=4),
+        settings={"data": EVIL},
+        recipe=f"name: {EVIL}",
+        command=f"python -m bnfinetune {EVIL}",
+    )
+    return run_page(told).html()
 
 
 class Outline(HTMLParser):
@@ -126,6 +134,32 @@ def test_the_page_says_what_was_measured(page, report):
         assert layer in text
     for heading in ("Recommendation", "Checks", "Causes", "Layers and channels", "Worst layers", "Noise against"):
         assert heading in text
+
+
+def test_a_run_says_what_it_measured_and_how_sure_it_is(story, report):
+    text = Outline(story).text
+    assert "87.5% of the validation images are classified right; before training, 40.0% were" in text
+    assert "52.9% to 97.8%" in text  # Wilson's interval of 7 in 8, by hand: centre (7 + z^2 / 2) / (8 + z^2) = 0.7534
+    assert "flatter" in text  # the validation images have chosen the network
+    assert report.verdict in text
+    for heading in (
+        "Over the run",
+        "Confusion",
+        "Most wrong",
+        "BatchNorm statistics",
+        "Worst layers",
+        "The whole recipe",
+    ):
+        assert heading in text
+
+
+def test_a_run_of_which_little_is_known_still_has_a_page():
+    told = RunStory(title="bare", before={"test": {"top1": 0.5}}, after={"test": {"top1": 1.0}})
+    text = Outline(run_page(told).html()).text
+    assert "100.0% of the test images" in text
+    assert "flatter" not in text
+    for heading in ("Over the run", "Confusion", "Most wrong", "BatchNorm statistics", "How it was made"):
+        assert heading not in text
 
 
 def test_the_same_report_is_the_same_page(report):

@@ -37,6 +37,7 @@ def settings(images, folder, **more):
         "train.epochs": 3,
         "train.batch_size": 4,
         "run.dir": str(folder),
+        "run.report": False,  # drawing takes as long as such a run
         **more,
     }
 
@@ -75,11 +76,11 @@ def test_a_recipe_changes_what_it_says_and_nothing_else(recipe, name, images, tm
 
 
 def test_the_run_folder_holds_everything(images, tmp_path):
-    result = bnf.finetune("freeze_bn", **settings(images, tmp_path / "run"))
+    result = bnf.finetune("freeze_bn", **settings(images, tmp_path / "run", **{"run.report": True}))
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
         "recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "curves.png", "confusion.png", "best",
-        "checkpoints",
+        "checkpoints", "report.html", "report.json",
     }  # fmt: skip
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["peak_memory_bytes"] > 1e7
@@ -111,7 +112,7 @@ def test_a_run_folder_is_never_overwritten(images, tmp_path):
 
 
 VARIANTS = {
-    "plain": {},
+    "plain": {"run.report": True},
     "accumulated": {"train.grad_accum": 2, "optim.clip_grad": 1.0},
     "averaged": {"train.ema": 0.9, "evaluate.every_steps": 2},
     "mixed": {"data.augment.mixup": 0.4, "data.augment.cutmix": 0.5, "data.augment.auto_augment": "rand-m5"},

@@ -1,0 +1,116 @@
+"""The images that a network gets most wrong: often the ones whose label is."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import gather_object
+from PIL import Image
+from torch import Tensor
+
+from bnfinetune.diagnose.page import Picture
+from bnfinetune.training.data.folders import printable
+from bnfinetune.training.data.readable import original_row
+
+KEPT = 24
+"""Images that are shown."""
+
+_SIDE = 144  # pixels of a thumbnail
+
+
+class Mistake(NamedTuple):
+    """A wrongly classified image.
+
+    Attributes:
+        likelihood: probability that the network gives the true class.
+        confidence: probability that it gives the class it predicts.
+        label: the true class.
+        predicted: the predicted class.
+        index: the image's place in its split.
+        image: what the network saw, shape (C, H, W), on the CPU.
+    """
+
+    likelihood: float
+    confidence: float
+    label: int
+    predicted: int
+    index: int
+    image: Tensor
+
+
+class Mistakes:
+    """Keeps the images of a split whose true class the network finds least likely, as they are measured.
+
+    Args:
+        kept: how many at most.
+    """
+
+    def __init__(self, kept: int = KEPT) -> None:
+        self._kept = kept
+        self.worst: list[Mistake] = []
+
+    @torch.no_grad()
+    def add(self, images: Tensor, logits: Tensor, labels: Tensor, indices: Tensor) -> None:
+        """Looks at one batch: images (B, C, H, W), logits (B, classes), labels and indices (B,)."""
+        shares = logits.float().softmax(1)
+        confidence, predicted = shares.max(1)
+        likelihood = shares.gather(1, labels[:, None]).squeeze(1)
+        wrong = (predicted != labels).nonzero().flatten()
+        chosen = wrong[likelihood[wrong].argsort(stable=True)[: self._kept]]
+        columns = (likelihood, confidence, labels, predicted, indices.to(labels.device))
+        rows = zip(*(column[chosen].tolist() for column in columns), images[chosen].float().cpu(), strict=True)
+        self._keep([*self.worst, *(Mistake(*row) for row in rows)])
+
+    def merge(self) -> None:
+        """Gives every rank the worst of all ranks; a collective."""
+        self._keep(gather_object(self.worst))
+
+    def _keep(self, found: Sequence[Mistake]) -> None:
+        self.worst = sorted(found, key=lambda each: (each.likelihood, each.index))[: self._kept]
+
+
+def pictures(
+    worst: Sequence[Mistake], reader: Any, class_names: Sequence[str], data_config: Mapping[str, Any]
+) -> tuple[Picture, ...]:
+    """Thumbnails of mistakes, with what they are and what they are taken for.
+
+    Args:
+        worst: the mistakes.
+        reader: the `ImageReader` of their split.
+        class_names: names of the classes, in order.
+        data_config: timm's preprocessing, whose normalisation is undone.
+    """
+    return tuple(
+        Picture(
+            _png(each.image, data_config),
+            title=class_names[each.label],
+            lines=(f"taken for {class_names[each.predicted]}, {each.confidence:.0%}", image_label(reader, each.index)),
+        )
+        for each in worst
+    )
+
+
+def image_label(reader: Any, index: int) -> str:
+    """What tells an image to the owner of the data: its folder and file, or its row."""
+    if reader.split is None:
+        return f"row {index}"
+    raw, row = reader.split[index][reader.image_column], original_row(reader.split, index)
+    path = raw.get("path") if raw else None
+    return f"row {row}" if path is None else printable("/".join(PurePath(path).parts[-2:]))
+
+
+def _png(image: Tensor, data_config: Mapping[str, Any]) -> bytes:
+    """An image as it was before normalisation, small."""
+    mean, std = (torch.tensor(data_config[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    pixels = ((image * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    if len(pixels) != 3:  # a network of one channel, or of more than a picture has
+        pixels = pixels[:1].expand(3, -1, -1)
+    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    picture.thumbnail((_SIDE, _SIDE))
+    out = io.BytesIO()
+    picture.save(out, format="PNG", optimize=True)
+    return out.getvalue()
