@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
 from torch import nn
 
 from bnfinetune.diagnose.finding import Findings
-from bnfinetune.errors import CheckpointError
 from bnfinetune.training.checkpoint import (
     StateStore,
-    describe_state,
     load_state,
     load_weights,
     random_state,
-    rank_statistics,
     restore_random_state,
-    restore_rank_statistics,
     save_export,
 )
-from bnfinetune.training.data.seeding import derive_seed
 from bnfinetune.training.drift import drift_meter
 from bnfinetune.training.evaluate import measure
-from bnfinetune.training.folder import METRICS, append_line, complete_folder, write_text
-from bnfinetune.training.lock import RunLock
+from bnfinetune.training.folder import append_line, complete_folder, write_text
 from bnfinetune.training.loop import Trainer
 from bnfinetune.training.metrics import Metrics
 from bnfinetune.training.mistakes import Mistake, Mistakes
@@ -54,10 +47,8 @@ class Keeper:
     data_config: dict[str, Any]
     statistics: dict[str, Any]  # where the running statistics come from
     say: Callable[..., None]
-    lock: RunLock
     history: list[dict[str, Any]] = field(default_factory=list)  # one record per evaluation
     before: dict[str, Metrics] = field(default_factory=dict)
-    saved_update: int | None = None  # of the newest state
 
     def __post_init__(self) -> None:
         self.folder = self.run.path
@@ -76,10 +67,9 @@ class Keeper:
         Returns:
             Metrics by split; for a resumed run those that were measured when it first began.
         """
-        for line in (*self.run.notes, *headline):
+        for line in (*self.run.warnings, *headline):
             self.say(line)
-        about = environment(self.accelerator)
-        on_main(self.accelerator, lambda: create_run(self.run, self.recipe_text, about, self.lock))
+        on_main(self.accelerator, lambda: create_run(self.run, self.recipe_text, environment(self.accelerator)))
         start_trackers(self.accelerator, self.trainer.recipe, self.folder)
         self.findings = findings
         self.meter = drift_meter(self.trainer)
@@ -94,24 +84,13 @@ class Keeper:
         return self.before
 
     def pause(self, *, evaluate: bool) -> None:
-        """What happens between updates: evaluate if it is time, and save.
-
-        While updates are skipped, only what was asked for is saved: the weights are those from before, and states from
-        before keep their places.
-        """
+        """What happens between updates: evaluate if it is time, and save."""
         if evaluate:
             self.trainer.merge_statistics()
             self._recalibrate("eval", self.trainer.networks())
             network = self.trainer.evaluated
             self._record(self._measure("validation", network), network)
-        progress, asked = self.trainer.progress, self.trainer.asked
-        if any(asked) or not progress.skipped_in_row:
-            self._save_state()
-        if asked.end_by:
-            name = signal.Signals(asked.end_by).name
-            self.say(
-                f"{name}: saved after update {progress.update}; go on with train.resume=auto run.dir={self.folder}"
-            )
+        self._save_state()
 
     def finish(self) -> tuple[nn.Module, dict[str, Metrics]]:
         """Measure the best network and write what the run has to show.
@@ -142,8 +121,7 @@ class Keeper:
     def _export(self, network: nn.Module) -> None:
         if self.accelerator.is_main_process:
             path, norms = self.folder / "best", norm_config(self.trainer.recipe.model)
-            source = self.statistics | {"update": self.trainer.progress.best_update}
-            save_export(path, network, self.class_names, self.data_config, self.recipe_text, source, norms)
+            save_export(path, network, self.class_names, self.data_config, self.recipe_text, self.statistics, norms)
 
     def _write_page(self, network: nn.Module, after: dict[str, Metrics], mistakes: Sequence[Mistake]) -> None:
         write_page(
@@ -199,74 +177,34 @@ class Keeper:
             progress.stopped = progress.stale >= (self.trainer.recipe.train.early_stop or float("inf"))
         self.accelerator.log({key: value for key, value in record.items() if value is not None}, step=progress.update)
         if self.accelerator.is_main_process:
-            append_line(self.folder / METRICS, record)
+            append_line(self.folder / "metrics.jsonl", record)
             self.say(_line(record, better))
         if better:
             self._export(network)
 
     def _save_state(self) -> None:
-        """Save everything that going on needs; each rank contributes its random state and its own statistics."""
-        trainer, recipe = self.trainer, self.trainer.recipe
-        if self.saved_update == trainer.progress.update:
-            return
-        networks = trainer.networks()
-        mine = {"random": random_state(self.accelerator.device), "statistics": {}}
-        if self.accelerator.num_processes > 1:
-            mine["statistics"] = rank_statistics(networks)
-        ranks = gather_object([mine])
-        state = trainer.state() | {
-            "ranks": ranks,
-            "history": self.history,
-            "before": {name: asdict(metrics) for name, metrics in self.before.items()},
-            "source": self.statistics,
-        }
-        about = {
-            "update": trainer.progress.update,
-            "epoch": trainer.progress.epoch,
-            "ranks": len(ranks),
-            "batch_size": recipe.train.batch_size,
-            "grad_accum": recipe.train.grad_accum,
-            "fingerprint": self.statistics["fingerprint"],
-        }
-        with trainer.merged_statistics():
-            on_main(
-                self.accelerator,
-                lambda: self.store.save(trainer.progress.update, networks, state, self.recipe_text, about),
-            )
-        self.saved_update = trainer.progress.update
+        """Save everything that going on needs; each rank contributes its random state."""
+        self.trainer.merge_statistics()
+        randoms = gather_object([random_state(self.accelerator.device)])
+        if self.accelerator.is_main_process:
+            before = {name: asdict(metrics) for name, metrics in self.before.items()}
+            state = self.trainer.state() | {"random": randoms, "history": self.history, "before": before}
+            self.store.save(self.trainer.progress.update, self.trainer.networks(), state, self.recipe_text)
+        self.accelerator.wait_for_everyone()
 
     def _resume(self, state: Path) -> None:
-        self._check_data(state)
-        trainer, device = self.trainer, self.accelerator.device
-        saved = load_state(state, trainer.networks())
-        trainer.load_state(saved)
-        progress = trainer.progress
-        self.saved_update = progress.update
+        saved = load_state(state, self.trainer.networks())
+        self.trainer.load_state(saved)
         self.history[:] = saved["history"]
-        self.statistics = {**saved["source"], "fingerprint": self.statistics["fingerprint"]}
         self.before = {name: Metrics(**values) for name, values in saved["before"].items()}
-        if len(saved["ranks"]) == self.accelerator.num_processes:
-            mine = saved["ranks"][self.accelerator.process_index]
-            restore_random_state(mine["random"], device)
-            if mine["statistics"]:
-                restore_rank_statistics(trainer.networks(), mine["statistics"])
-        else:  # other draws than those at the beginning of the run
-            set_seed(derive_seed(trainer.recipe.run.seed, progress.update) % 2**31, device_specific=True)
-        if self.run.altered:
-            progress.best = None  # the best network on disk may be one that this run will not come by
+        rank = self.accelerator.process_index
+        if len(saved["random"]) == self.accelerator.num_processes:
+            restore_random_state(saved["random"][rank], self.accelerator.device)
         if self.accelerator.is_main_process:
             lines = (json.dumps(record) + "\n" for record in self.history)
-            write_text(self.folder / METRICS, "".join(lines))
-        self.say(f"resume  after update {progress.update} of {trainer.updates}, from {state}")
-
-    def _check_data(self, state: Path) -> None:
-        """Refuse images that are not those of the saved run."""
-        same = describe_state(state)["fingerprint"] == self.statistics["fingerprint"]
-        if not same and "data.source" not in self.trainer.recipe.train.resume_allow:
-            raise CheckpointError(
-                f"train.resume: {self.trainer.recipe.data.source} no longer holds the images that {state} was trained "
-                "on; bring them back, or set train.resume_allow=[data.source]"
-            )
+            write_text(self.folder / "metrics.jsonl", "".join(lines))
+        progress = self.trainer.progress
+        self.say(f"resume  after update {progress.update} of {self.trainer.updates}, from {state}")
 
     def _value(self, metrics: Metrics) -> float:
         return metrics.scalars()[self.trainer.recipe.checkpoint.metric]
