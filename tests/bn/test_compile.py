@@ -96,7 +96,8 @@ def test_inductor_trains_backbones_alike(name, policy):
     if policy == "stochastic":
         torch._inductor.config.fallback_random = True  # inductor's own generator draws other numbers than eager
     try:
-        assert_trains_alike(compiled, model, images().double(), rtol=1e-6, atol=1e-8)
+        # at 32 pixels maps end at 1x1, and the gradients of small groups shake in the last digits of float64 already
+        assert_trains_alike(compiled, model, images(6, size=64).double(), rtol=1e-6, atol=1e-8)
     finally:
         torch._inductor.config.fallback_random = False
 
