@@ -198,6 +198,11 @@ class BN(Section):
     domain_affine: Literal["shared", "own"] | None = Field(
         default=None, description="whether domains share the affine or have their own; null: shared"
     )
+    fold: Literal["auto", "off"] = Field(
+        default="auto",
+        description="auto: in training, layers with fixed statistics are computed by the convolutions before them, "
+        "which saves time and memory",
+    )
     freeze_after: Rate | None = Field(
         default=None,
         description="re-estimate the layers' statistics, then freeze these and the affine: after this share of all "
@@ -286,9 +291,37 @@ class Train(Section):
     ema: Between | None = Field(
         default=None, description="decay of an averaged copy of the model, which is then what is evaluated and saved"
     )
+    cache_features: Literal["auto", "off"] = Field(
+        default="auto",
+        description="auto: where only a linear head trains and images are not augmented, compute their features once",
+    )
+    cache_views: Positive | None = Field(
+        default=None, description="augmented views of each image that features are computed once of, used in turn"
+    )
+    cache_memory: Annotated[int, Field(ge=0)] = Field(
+        default=1024, description="MiB of features per process that are kept in memory; more go into files"
+    )
+    cache_dir: str | None = Field(
+        default=None, description="folder that keeps features for later runs; null: they go with the run"
+    )
     early_stop: Positive | None = Field(default=None, description="stop after so many evaluations without a better one")
     resume: str | None = Field(
         default=None, description="run folder to continue; auto: run.dir if it holds a checkpoint"
+    )
+    resume_allow: tuple[str, ...] = Field(
+        default=(), description="keys that may differ from those of the run that is continued, such as [optim.lr]"
+    )
+    max_skipped: Positive = Field(
+        default=10,
+        description="updates in a row whose loss or gradient is not finite, each of them skipped, that stop the run",
+    )
+    auto_batch: bool = Field(
+        default=False,
+        description="out of memory: halve what one forward sees and accumulate, with the same global batch; not where "
+        "BN uses batch statistics",
+    )
+    timeout_minutes: AboveZero = Field(
+        default=10.0, description="several processes: how long one waits for the others before all of them end"
     )
 
 
@@ -301,7 +334,8 @@ class Evaluate(Section):
     )
     batch_size: Positive = Field(default=256, description="images per process and forward")
     adapt: Literal["none", "adabn", "mix", "tent"] = Field(
-        default="none", description="verb evaluate: how the network adapts to the images it is measured on, unlabelled"
+        default="none",
+        description="how the finished network adapts, on a copy, to the unlabelled images that it is measured on",
     )
     adapt_samples: Positive | None = Field(default=None, description="adapt=adabn: images used; null: all")
     adapt_prior: Rate = Field(default=16.0, description="adapt=mix: images that the stored statistics count for")
@@ -317,6 +351,9 @@ class Checkpoint(Section):
 
     every_steps: Positive | None = Field(
         default=None, description="optimizer updates between saves of the last state; null: at each evaluation"
+    )
+    every_minutes: AboveZero | None = Field(
+        default=None, description="minutes between such saves, besides those by steps or evaluations"
     )
     keep: Positive = Field(default=2, description="newest training states that are kept; the best network always is")
     metric: Literal["top1", "top5", "macro_f1", "loss", "ece"] = Field(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,16 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf  # the public save_for_hf refuses channels_last weights
 from torch import nn
 
-from bnfinetune.bn.layers import is_bn_layer
+from bnfinetune.bn.layers import find_bn_layers, is_bn_layer
 from bnfinetune.bn.saving import load_policy_state, policy_state
 from bnfinetune.errors import CheckpointError
-from bnfinetune.training.folder import complete_folder, write_folder, write_json, write_text
+from bnfinetune.training.folder import complete_folder, in_words, write_folder, write_json, write_text
 from bnfinetune.training.provenance import write_provenance
 
 WEIGHTS = "model.safetensors"
 RECIPE = "recipe.yaml"
-_TRAINER = "trainer.pt"
+CHECKPOINTS = "checkpoints"
+_TRAINER, _ABOUT = "trainer.pt", "state.json"
 
 
 def save_export(
@@ -52,7 +53,8 @@ def save_export(
         write_text(target / RECIPE, recipe_text)
         write_provenance(target, model, statistics)
 
-    write_folder(folder, fill)
+    with in_words(f"the best network, {folder},"):
+        write_folder(folder, fill)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -93,19 +95,51 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+def rank_statistics(models: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """Copies of the running statistics that this rank's models hold, by model, layer and buffer."""
+    return {name: buffer.detach().cpu().clone() for name, buffer in _statistics(models)}
+
+
+def restore_rank_statistics(models: Mapping[str, nn.Module], saved: Mapping[str, torch.Tensor]) -> None:
+    """Write back what `rank_statistics` returned."""
+    with torch.no_grad():
+        for name, buffer in _statistics(models):
+            buffer.copy_(saved[name])
+
+
+def _statistics(models: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    for model_name, model in models.items():
+        for layer_name, layer in find_bn_layers(model).items() if _has_bn(model) else ():
+            for key, buffer in layer._buffers.items():
+                if buffer is not None:
+                    yield f"{model_name}/{layer_name}.{key}", buffer
+
+
 class StateStore:
     """Complete training states under RUN/checkpoints, the newest `keep` of them.
 
-    A state is a folder `update-00000120`: the weights of the model (and of its average), and one file of tensors and
-    primitives with the optimizer, the scaler, the progress, the policy's own state, and each rank's random state.
+    A state is a folder `update-00000120`: the weights of the model (and of its average), one file of tensors and
+    primitives with the optimizer, the scaler, the progress, the policy's own state, and each rank's random state and
+    statistics, and a few words about it (`state.json`).
     """
 
     def __init__(self, run_folder: Path, keep: int) -> None:
-        self.folder = run_folder / "checkpoints"
+        self.folder = run_folder / CHECKPOINTS
         self.keep = keep
 
-    def save(self, update: int, models: Mapping[str, nn.Module], trainer: Mapping[str, Any], recipe_text: str) -> None:
-        """Write the state after `update` optimizer updates; `models` maps file stems to networks."""
+    def save(
+        self,
+        update: int,
+        models: Mapping[str, nn.Module],
+        trainer: Mapping[str, Any],
+        recipe_text: str,
+        about: Mapping[str, Any],
+    ) -> None:
+        """Write the state after `update` optimizer updates; `models` maps file stems to networks.
+
+        Raises:
+            CheckpointError: It cannot be written; the states saved before are as they were.
+        """
 
         def fill(target: Path) -> None:
             for name, model in models.items():
@@ -113,9 +147,12 @@ class StateStore:
             policies = {name: policy_state(model) for name, model in models.items() if _has_bn(model)}
             torch.save({**trainer, "policies": policies}, target / _TRAINER)
             write_text(target / RECIPE, recipe_text)
+            write_json(target / _ABOUT, about)
 
-        write_folder(self.folder / f"update-{update:08d}", fill)
-        for stale in self._folders()[: -self.keep]:
+        target = self.folder / f"update-{update:08d}"
+        with in_words(f"the state {target}"):
+            write_folder(target, fill)
+        for stale in (*self._folders()[: -self.keep], *self.folder.glob(".update-*.tmp")):
             shutil.rmtree(stale, ignore_errors=True)
 
     def _folders(self) -> list[Path]:
@@ -134,6 +171,19 @@ class StateStore:
 
 def _has_bn(model: nn.Module) -> bool:
     return any(is_bn_layer(module) for module in model.modules())
+
+
+def describe_state(folder: Path) -> dict[str, Any]:
+    """What is known of a state without loading it: `update`, `ranks`, `batch_size`, `grad_accum`, `fingerprint`.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    try:
+        about: dict[str, Any] = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} cannot be resumed: {error}") from error
+    return about
 
 
 def load_state(folder: Path, models: Mapping[str, nn.Module]) -> dict[str, Any]:

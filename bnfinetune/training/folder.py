@@ -6,13 +6,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bnfinetune.errors import CheckpointError
+from safetensors import SafetensorError
+
+from bnfinetune.errors import BnFinetuneError, CheckpointError
 
 MANIFEST = "manifest.json"
+METRICS = "metrics.jsonl"
 
 
 def choose_folder(directory: str | None, name: str) -> Path:
@@ -28,12 +32,17 @@ def choose_folder(directory: str | None, name: str) -> Path:
             number += 1
     else:
         folder = Path(directory)
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        if folder.is_file() or (folder.is_dir() and not is_blank(folder)):
             raise CheckpointError(
                 f"run.dir: {folder} is not empty; choose another folder, or continue that run with train.resume=auto"
             )
     _check_writable(folder)
     return folder
+
+
+def is_blank(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a run killed in its first moments leaves: hidden files."""
+    return all(path.name.startswith(".") and path.is_file() for path in folder.iterdir())
 
 
 def _check_writable(folder: Path) -> None:
@@ -64,6 +73,25 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
+@contextmanager
+def in_words(what: str) -> Iterator[None]:
+    """Turn what goes wrong while `what` is written into one line that says that nothing earlier is lost.
+
+    Raises:
+        CheckpointError: The system refused to write.
+    """
+    try:
+        yield
+    except BnFinetuneError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{what} could not be written ({reason}); what was saved before is whole: make room, then go on with "
+            "train.resume"
+        ) from error
+
+
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write a folder, add checksums, and only then give it its name.
 
@@ -73,7 +101,10 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     temporary = target.with_name(f".{target.name}.tmp")
     old = target.with_name(f"{target.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    if not target.parent.exists():
+        target.parent.mkdir(parents=True)
+        _flush(target.parent.parent)
+    temporary.mkdir()
     fill(temporary)
     files = sorted(p for p in temporary.rglob("*") if p.is_file())
     write_json(temporary / MANIFEST, {str(p.relative_to(temporary)): _sha256(p) for p in files})

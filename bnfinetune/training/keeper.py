@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import json
+import math
+import signal
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, set_seed
 from torch import nn
 
 from bnfinetune.diagnose.finding import Findings
+from bnfinetune.errors import CheckpointError
 from bnfinetune.training.checkpoint import (
     StateStore,
+    describe_state,
     load_state,
     load_weights,
     random_state,
+    rank_statistics,
     restore_random_state,
+    restore_rank_statistics,
     save_export,
 )
+from bnfinetune.training.data.seeding import derive_seed
 from bnfinetune.training.drift import drift_meter
-from bnfinetune.training.evaluate import measure
-from bnfinetune.training.folder import append_line, complete_folder, write_text
+from bnfinetune.training.evaluate import adapted, measure
+from bnfinetune.training.folder import METRICS, append_line, complete_folder, write_text
+from bnfinetune.training.lock import RunLock
 from bnfinetune.training.loop import Trainer
+from bnfinetune.training.memory import enough_memory
 from bnfinetune.training.metrics import Metrics
 from bnfinetune.training.mistakes import Mistake, Mistakes
 from bnfinetune.training.norms import norm_config
@@ -47,8 +57,10 @@ class Keeper:
     data_config: dict[str, Any]
     statistics: dict[str, Any]  # where the running statistics come from
     say: Callable[..., None]
+    lock: RunLock
     history: list[dict[str, Any]] = field(default_factory=list)  # one record per evaluation
     before: dict[str, Metrics] = field(default_factory=dict)
+    saved_update: int | None = None  # of the newest state
 
     def __post_init__(self) -> None:
         self.folder = self.run.path
@@ -67,9 +79,10 @@ class Keeper:
         Returns:
             Metrics by split; for a resumed run those that were measured when it first began.
         """
-        for line in (*self.run.warnings, *headline):
+        for line in (*self.run.notes, *headline):
             self.say(line)
-        on_main(self.accelerator, lambda: create_run(self.run, self.recipe_text, environment(self.accelerator)))
+        about = environment(self.accelerator)
+        on_main(self.accelerator, lambda: create_run(self.run, self.recipe_text, about, self.lock))
         start_trackers(self.accelerator, self.trainer.recipe, self.folder)
         self.findings = findings
         self.meter = drift_meter(self.trainer)
@@ -84,13 +97,24 @@ class Keeper:
         return self.before
 
     def pause(self, *, evaluate: bool) -> None:
-        """What happens between updates: evaluate if it is time, and save."""
+        """What happens between updates: evaluate if it is time, and save.
+
+        While updates are skipped, only what was asked for is saved: the weights are those from before, and states from
+        before keep their places.
+        """
         if evaluate:
             self.trainer.merge_statistics()
             self._recalibrate("eval", self.trainer.networks())
             network = self.trainer.evaluated
             self._record(self._measure("validation", network), network)
-        self._save_state()
+        progress, asked = self.trainer.progress, self.trainer.asked
+        if any(asked) or not progress.skipped_in_row:
+            self._save_state()
+        if asked.end_by:
+            name = signal.Signals(asked.end_by).name
+            self.say(
+                f"{name}: saved after update {progress.update}; go on with train.resume=auto run.dir={self.folder}"
+            )
 
     def finish(self) -> tuple[nn.Module, dict[str, Metrics]]:
         """Measure the best network and write what the run has to show.
@@ -106,7 +130,7 @@ class Keeper:
         if self._recalibrate("end", {"best network": network}):
             self._export(network)
         mistakes = Mistakes() if self.trainer.recipe.run.report else None
-        after = self._measure_all(network, mistakes)
+        after = self._measure_all(network, mistakes, adapt=True)
         if self.accelerator.is_main_process:
             write_report(self.folder, self.trainer, self.before, after, self.history, self.class_names)
             if mistakes is not None:
@@ -121,7 +145,8 @@ class Keeper:
     def _export(self, network: nn.Module) -> None:
         if self.accelerator.is_main_process:
             path, norms = self.folder / "best", norm_config(self.trainer.recipe.model)
-            save_export(path, network, self.class_names, self.data_config, self.recipe_text, self.statistics, norms)
+            source = self.statistics | {"update": self.trainer.progress.best_update}
+            save_export(path, network, self.class_names, self.data_config, self.recipe_text, source, norms)
 
     def _write_page(self, network: nn.Module, after: dict[str, Metrics], mistakes: Sequence[Mistake]) -> None:
         write_page(
@@ -139,13 +164,27 @@ class Keeper:
             findings=self.findings,
         )
 
-    def _measure_all(self, network: nn.Module, mistakes: Mistakes | None = None) -> dict[str, Metrics]:
-        """Metrics by split; `mistakes` are those on the last."""
-        last = list(self.splits)[-1]
-        return {name: self._measure(name, network, mistakes if name == last else None) for name in self.splits}
+    def _measure_all(
+        self, network: nn.Module, mistakes: Mistakes | None = None, *, adapt: bool = False
+    ) -> dict[str, Metrics]:
+        """Metrics by split, adapted to each as `evaluate.adapt` says, or not; `mistakes` are those on the last."""
+        last, targets = list(self.splits)[-1], self.trainer.loaders.targets
+        return {
+            name: self._measure(
+                name,
+                adapted(network, self.trainer.recipe, targets[name]) if adapt else network,
+                mistakes if name == last else None,
+            )
+            for name in self.splits
+        }
 
     def _measure(self, split: str, network: nn.Module, mistakes: Mistakes | None = None) -> Metrics:
-        return measure(network, self.splits[split], self.trainer.num_classes, self.accelerator, mistakes)
+        with self._enough_memory():
+            return measure(network, self.splits[split], self.trainer.num_classes, self.accelerator, mistakes)
+
+    def _enough_memory(self) -> AbstractContextManager[None]:
+        setting = f"evaluate.batch_size={self.trainer.recipe.evaluate.batch_size} per process"
+        return enough_memory(self.accelerator.device, setting, "lower it, or data.image_size")
 
     def _recalibrate(self, moment: str, networks: Mapping[str, nn.Module]) -> bool:
         """Recompute the statistics of networks if the recipe asks for it at this moment."""
@@ -154,7 +193,8 @@ class Keeper:
             return False
         for name, network in networks.items():
             exported = moment == "end"
-            report = recalibrate(network, trainer.loaders, trainer.recipe, self.accelerator, exported=exported)
+            with self._enough_memory():
+                report = recalibrate(network, trainer.loaders, trainer.recipe, self.accelerator, exported=exported)
             if moment != "eval":
                 worst = max(change.mean_shift_rms for change in report.layers.values())
                 self.say(
@@ -177,34 +217,74 @@ class Keeper:
             progress.stopped = progress.stale >= (self.trainer.recipe.train.early_stop or float("inf"))
         self.accelerator.log({key: value for key, value in record.items() if value is not None}, step=progress.update)
         if self.accelerator.is_main_process:
-            append_line(self.folder / "metrics.jsonl", record)
+            append_line(self.folder / METRICS, record)
             self.say(_line(record, better))
         if better:
             self._export(network)
 
     def _save_state(self) -> None:
-        """Save everything that going on needs; each rank contributes its random state."""
-        self.trainer.merge_statistics()
-        randoms = gather_object([random_state(self.accelerator.device)])
-        if self.accelerator.is_main_process:
-            before = {name: asdict(metrics) for name, metrics in self.before.items()}
-            state = self.trainer.state() | {"random": randoms, "history": self.history, "before": before}
-            self.store.save(self.trainer.progress.update, self.trainer.networks(), state, self.recipe_text)
-        self.accelerator.wait_for_everyone()
+        """Save everything that going on needs; each rank contributes its random state and its own statistics."""
+        trainer, recipe = self.trainer, self.trainer.recipe
+        if self.saved_update == trainer.progress.update:
+            return
+        networks = trainer.networks()
+        mine = {"random": random_state(self.accelerator.device), "statistics": {}}
+        if self.accelerator.num_processes > 1:
+            mine["statistics"] = rank_statistics(networks)
+        ranks = gather_object([mine])
+        state = trainer.state() | {
+            "ranks": ranks,
+            "history": self.history,
+            "before": {name: asdict(metrics) for name, metrics in self.before.items()},
+            "source": self.statistics,
+        }
+        about = {
+            "update": trainer.progress.update,
+            "epoch": trainer.progress.epoch,
+            "ranks": len(ranks),
+            "batch_size": recipe.train.batch_size,
+            "grad_accum": recipe.train.grad_accum,
+            "fingerprint": self.statistics["fingerprint"],
+        }
+        with trainer.merged_statistics():
+            on_main(
+                self.accelerator,
+                lambda: self.store.save(trainer.progress.update, networks, state, self.recipe_text, about),
+            )
+        self.saved_update = trainer.progress.update
 
     def _resume(self, state: Path) -> None:
-        saved = load_state(state, self.trainer.networks())
-        self.trainer.load_state(saved)
+        self._check_data(state)
+        trainer, device = self.trainer, self.accelerator.device
+        saved = load_state(state, trainer.networks())
+        trainer.load_state(saved)
+        progress = trainer.progress
+        self.saved_update = progress.update
         self.history[:] = saved["history"]
+        self.statistics = {**saved["source"], "fingerprint": self.statistics["fingerprint"]}
         self.before = {name: Metrics(**values) for name, values in saved["before"].items()}
-        rank = self.accelerator.process_index
-        if len(saved["random"]) == self.accelerator.num_processes:
-            restore_random_state(saved["random"][rank], self.accelerator.device)
+        if len(saved["ranks"]) == self.accelerator.num_processes:
+            mine = saved["ranks"][self.accelerator.process_index]
+            restore_random_state(mine["random"], device)
+            if mine["statistics"]:
+                restore_rank_statistics(trainer.networks(), mine["statistics"])
+        else:  # other draws than those at the beginning of the run
+            set_seed(derive_seed(trainer.recipe.run.seed, progress.update) % 2**31, device_specific=True)
+        if self.run.altered:
+            progress.best = None  # the best network on disk may be one that this run will not come by
         if self.accelerator.is_main_process:
             lines = (json.dumps(record) + "\n" for record in self.history)
-            write_text(self.folder / "metrics.jsonl", "".join(lines))
-        progress = self.trainer.progress
-        self.say(f"resume  after update {progress.update} of {self.trainer.updates}, from {state}")
+            write_text(self.folder / METRICS, "".join(lines))
+        self.say(f"resume  after update {progress.update} of {trainer.updates}, from {state}")
+
+    def _check_data(self, state: Path) -> None:
+        """Refuse images that are not those of the saved run."""
+        same = describe_state(state)["fingerprint"] == self.statistics["fingerprint"]
+        if not same and "data.source" not in self.trainer.recipe.train.resume_allow:
+            raise CheckpointError(
+                f"train.resume: {self.trainer.recipe.data.source} no longer holds the images that {state} was trained "
+                "on; bring them back, or set train.resume_allow=[data.source]"
+            )
 
     def _value(self, metrics: Metrics) -> float:
         return metrics.scalars()[self.trainer.recipe.checkpoint.metric]
@@ -212,7 +292,7 @@ class Keeper:
     def _is_better(self, metrics: Metrics) -> bool:
         best, value = self.trainer.progress.best, self._value(metrics)
         lower = self.trainer.recipe.checkpoint.metric in LOWER_IS_BETTER
-        return best is None or (value < best if lower else value > best)
+        return best is None or math.isnan(best) or (value < best if lower else value > best)
 
 
 def _line(record: dict[str, Any], better: bool) -> str:

@@ -7,7 +7,7 @@ import inspect
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, Protocol
@@ -24,17 +24,20 @@ from bnfinetune.bn.domains import domain, export_domain
 from bnfinetune.bn.layers import is_bn_layer
 from bnfinetune.bn.ranks import merge_running_stats
 from bnfinetune.bn.updates import StatSnapshot
-from bnfinetune.errors import DataError, TrainingError
+from bnfinetune.errors import CheckpointError, DataError, TrainingError
 from bnfinetune.recipe import Recipe
 from bnfinetune.training.data.loaders import Loaders
 from bnfinetune.training.data.mixing import build_mixup
 from bnfinetune.training.evaluate import input_format
 from bnfinetune.training.feed import domains_of, evaluated_domain
+from bnfinetune.training.folding import Folding
+from bnfinetune.training.gradients import Batch, Gradients, refuse_batch_statistics
+from bnfinetune.training.guard import StepGuard, gradient_size
 from bnfinetune.training.optim import build_optimizer, build_schedule
 from bnfinetune.training.phases import Phase, planned_phases
 from bnfinetune.training.recalibrate import recalibrate
-
-Batch = tuple[Tensor, ...]  # images, labels and, where images have domains, their numbers
+from bnfinetune.training.signals import Asked, Requests, end_by
+from bnfinetune.training.trouble import likely_cause
 
 # torch 2.15 renamed DDP's switch
 _DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
@@ -61,6 +64,9 @@ class Progress:
     seconds: float = 0.0  # time spent in updates
     waiting: float = 0.0  # part of it spent waiting for data
     stopped: bool = False  # by early stopping
+    skipped: int = 0  # updates whose loss or gradient was not finite
+    skipped_in_row: int = 0  # the last ones of them
+    pieces: int = 1  # that micro-batches are cut into, by train.auto_batch
 
 
 def total_updates(recipe: Recipe, batches: int | None) -> int:
@@ -95,9 +101,10 @@ class Trainer:
         self.domains = domains_of(self.recipe)
         self.phases = planned_phases(self.recipe, self.updates, self.updates_per_epoch)
         self.optimizer = self._build_optimizer()
-        # a step that the gradient scaler skips has moved the statistics already
-        self.snapshot = StatSnapshot(self.model) if self.has_bn and self.accelerator.scaler is not None else None
+        self.requests, self.asked = Requests(self.recipe.checkpoint.every_minutes), Asked()
+        self.settled = False  # whether all that belongs to the last update is done, and nothing of the next
         self.ema = None if train.ema is None else ModelEmaV3(self.model, decay=train.ema, use_warmup=True)
+        self.folding = Folding(self.model, self.recipe)
         self.mixup = build_mixup(
             self.recipe.data.augment,
             self.num_classes,
@@ -109,6 +116,14 @@ class Trainer:
         self.loss_of = (
             SoftTargetCrossEntropy() if self.mixup else nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
         )
+        self._set_up_step()
+
+    def _set_up_step(self) -> None:
+        """Build what follows from the network's policies: the wrapper of several ranks, the guard of its statistics."""
+        if self.recipe.train.auto_batch:
+            refuse_batch_statistics(self.model)
+        self.guard = StepGuard(self.model, self.accelerator)
+        self.gradients = Gradients(self.recipe, self.accelerator, self.progress.pieces)
         self.forward = self._wrap()
 
     @property
@@ -142,10 +157,11 @@ class Trainer:
                 self.model, self.loaders, self.recipe, self.accelerator, layers=chosen.layers, exclude=chosen.exclude
             )
         phase.apply(self.model)
+        self.folding.refresh()
         self.optimizer = self._build_optimizer(self.optimizer.state)
         del self.forward  # DDP's hooks go with it, before a new one sets its own
         gc.collect()
-        self.forward = self._wrap()
+        self._set_up_step()
 
     def _wrap(self) -> nn.Module:
         """The network as it is called in training, over the parameters that train now."""
@@ -176,7 +192,10 @@ class Trainer:
             pause: Called between updates when it is time to evaluate, to save, or both.
 
         Raises:
-            TrainingError: The loss is not finite.
+            TrainingError: Too many updates in a row had a loss or gradient that is not finite, or memory ran out.
+            DataError: An image is unreadable, or a worker died.
+            SystemExit: SIGTERM came, with code 143; `pause` has saved.
+            KeyboardInterrupt: Ctrl-C came; `pause` has saved.
         """
         bar = tqdm(
             total=self.updates,
@@ -186,16 +205,33 @@ class Trainer:
             dynamic_ncols=True,
             disable=None if self.accelerator.is_main_process else True,  # None: quiet where output is no terminal
         )
-        with bar:
-            while not self.is_over:
-                try:
+        with bar, self.folding.training(), self.requests.heeded():
+            if self.progress.update == 0:
+                self._enter_phases()
+            try:
+                while not self.is_over:
                     self._epoch(bar, pause)
-                except RuntimeError as error:  # torch's signal handler may raise it in the midst of an update
-                    if "DataLoader worker" not in str(error):
-                        raise
+            except Exception as error:
+                self._leave(pause)
+                # torch's signal handler may raise a RuntimeError in the midst of an update
+                if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
                     raise DataError(
                         f"a data worker died, often for want of memory: lower data.workers ({error})".splitlines()[0]
                     ) from error
+                raise
+
+    def _leave(self, pause: Pause) -> None:
+        """Save on the way out of an error, if the state is whole; one rank alone of several cannot."""
+        if self.settled and self.accelerator.num_processes == 1:
+            with self.folding.paused():
+                pause(evaluate=False)
+            if self.requests.pending.end_by:  # the signal went to the loader's processes too, and ended them
+                end_by(self.requests.pending.end_by)
+
+    def _enter_phases(self) -> None:
+        for phase in self.phases:
+            if phase.update == self.progress.update:
+                self.enter(phase)
 
     @property
     def is_over(self) -> bool:
@@ -209,16 +245,19 @@ class Trainer:
             self._update(group)
             if ends_epoch:
                 self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
-            for phase in self.phases:
-                if phase.update == self.progress.update:
-                    self.enter(phase)
+            self._enter_phases()
             bar.update()
             if not bar.disable:
                 bar.set_postfix_str(self._status(), refresh=False)
             evaluate = self.is_evaluation(ends_epoch)
-            if evaluate or self._is_save():
-                pause(evaluate=evaluate)
-            self.forward.train()
+            if evaluate or self._is_save() or any(self.asked):
+                with self.folding.paused():
+                    pause(evaluate=evaluate)
+                self.requests.saved()
+                self.forward.train()
+            self.settled = True
+            if self.asked.end_by:
+                end_by(self.asked.end_by)
             if self.is_over:
                 return
 
@@ -241,43 +280,63 @@ class Trainer:
         return group
 
     def _update(self, group: list[Batch]) -> None:
-        """One optimizer update from the micro-batches of `group`, each weighted by its number of images."""
+        """One optimizer update from the micro-batches of `group`, unless loss or gradient is not finite."""
         begin = time.perf_counter()
-        accelerator = self.accelerator
-        if self.snapshot is not None:
-            self.snapshot.take()
-        total = sum(len(labels) for _, labels, *_ in group)
-        loss_sum = torch.zeros((), device=accelerator.device)
-        for number, batch in enumerate(group):
-            share = len(batch[1]) / total
-            with _synchronised(self.forward, last=number == len(group) - 1):
-                loss = self._loss(batch, number)
-                accelerator.backward(loss * share)
-            loss_sum += loss.detach() * share
-        self._check_loss(value := float(loss_sum))
-        if self.recipe.optim.clip_grad is not None:
-            accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip_grad)
-        self.stepper.step()
+        self.settled = False
+        self.guard.begin()
+        loss = self.gradients.compute(self.forward, group, self._on_device, self._loss)
+        value, good, self.asked = self.guard.judge(loss, self._clipped(), self.requests.pending)
+        if good:
+            self.stepper.step()
+            good = not self.stepper.step_was_skipped
         self.stepper.zero_grad()
-        if self.snapshot is not None and self.stepper.step_was_skipped:
-            self.snapshot.rollback()
+        if not good:
+            self.guard.undo()
+        self._count(group, value, good)
+        self.progress.seconds += time.perf_counter() - begin
+        if self.progress.skipped_in_row >= self.recipe.train.max_skipped:
+            raise TrainingError(
+                f"the loss or gradient was not finite in {self.progress.skipped_in_row} updates in a row, up to update "
+                f"{self.progress.update} (loss {value:g}): {likely_cause(self, group)}"
+            )
+
+    def _count(self, group: list[Batch], value: float, good: bool) -> None:
+        """Write down an update; one that was skipped has used its images up all the same."""
         progress = self.progress
         progress.update += 1
         progress.batch += len(group)
-        progress.images += total * accelerator.num_processes
+        progress.images += sum(len(labels) for _, labels, *_ in group) * self.accelerator.num_processes
+        progress.skipped_in_row = 0 if good else progress.skipped_in_row + 1
+        progress.skipped += not good
+        progress.pieces = self.gradients.pieces
         self.schedule.step_update(progress.update)
-        if self.ema is not None:
-            self.ema.update(self.model, step=progress.update)
-        self.losses.append(value)
-        progress.seconds += time.perf_counter() - begin
+        if good:
+            self.losses.append(value)
+            if self.ema is not None:
+                self.ema.update(self.model, step=progress.update)
 
-    def _loss(self, batch: Batch, number: int) -> Tensor:
+    def _clipped(self) -> Tensor | None:
+        """The size of the gradient, after which it is clipped; None where the scaler of mixed precision looks at it."""
+        limit = self.recipe.optim.clip_grad
+        norm = None if limit is None else self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        if self.accelerator.scaler is not None:
+            return None
+        return gradient_size(self.model.parameters()) if norm is None else norm
+
+    def _on_device(self, batch: Batch, number: int) -> Batch:
+        """A micro-batch on the device, mixed as its place in the epoch asks."""
         device = self.accelerator.device
         images, labels, *domains = batch
         images = images.to(device, non_blocking=True, memory_format=input_format(self.model))
         labels = labels.to(device, non_blocking=True)
         if self.mixup is not None:
+            if self.recipe.train.auto_batch:
+                images = images.clone()  # it is mixed in place, and may be asked for again
             images, labels = self.mixup(images, labels, self.progress.epoch, self.progress.batch + number)
+        return images, labels, *domains
+
+    def _loss(self, batch: Batch) -> Tensor:
+        images, labels, *domains = batch
         with self.accelerator.autocast():
             logits = self._by_domain(images, domains[0]) if domains else self.forward(images)
             loss: Tensor = self.loss_of(logits, labels)
@@ -294,17 +353,11 @@ class Trainer:
                 rows.append(chosen)
         return torch.cat(parts)[torch.cat(rows).argsort()]
 
-    def _check_loss(self, value: float) -> None:
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss is {value} at update {self.progress.update + 1}: lower optim.lr "
-                f"(now {self.recipe.optim.lr:g}), set optim.clip_grad, or leave train.mixed_precision=fp16"
-            )
-
     def _status(self) -> str:
         rate = self.progress.images / max(self.progress.seconds + self.progress.waiting, 1e-9)
         lr = max(group["lr"] for group in self.optimizer.param_groups)
-        return f"loss {self.losses[-1]:.3f}  lr {lr:.2g}  {rate:.0f} images/s"
+        loss = f"{self.losses[-1]:.3f}" if self.losses else "not finite"
+        return f"loss {loss}  lr {lr:.2g}  {rate:.0f} images/s"
 
     def is_evaluation(self, ends_epoch: bool) -> bool:
         """Whether to evaluate after the update just made: at the rhythm asked for, and after the last one."""
@@ -317,6 +370,8 @@ class Trainer:
 
     def _is_save(self) -> bool:
         every = self.recipe.checkpoint.every_steps
+        if self.progress.skipped_in_row:  # nothing new is worth the place of a state from before
+            return False
         return every is not None and self.progress.update % every == 0
 
     def networks(self) -> dict[str, nn.Module]:
@@ -331,17 +386,34 @@ class Trainer:
             "losses": self.losses,
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "grad_accum": self.recipe.train.grad_accum,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go back to what `state` returned."""
+        """Go back to what `state` returned, on any number of ranks with the same global batch."""
         self.progress = Progress(**state["progress"])
+        # batches of an epoch are counted per rank; updates begin at whole groups of them
+        self.progress.batch = self.progress.batch // state["grad_accum"] * self.recipe.train.grad_accum
         self.losses = state["losses"]
         self.optimizer = self._build_optimizer()  # phases already entered have changed what trains
-        self.forward = self._wrap()
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._set_up_step()
+        self._load_optimizer(state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Load moments and counters; what the recipe says about the groups stays, since it may have been changed."""
+        said = {"lr", "initial_lr", "lr_scale", "weight_decay", *self.recipe.optim.kwargs}
+        groups = [{key: group[key] for key in said & group.keys()} for group in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(state)
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"train.resume: the state of the optimizer does not fit optim.name={self.recipe.optim.name} and what "
+                f"trains now ({error}); leave optim.name, model.trainable and bn as they were"
+            ) from error
+        for group, values in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(values)
 
     def take_losses(self) -> dict[str, float | None]:
         """The mean training loss since it was last asked for, and the present learning rate."""
@@ -350,17 +422,24 @@ class Trainer:
         return {"train_loss": mean, "lr": max(group["lr"] for group in self.optimizer.param_groups)}
 
     def merge_statistics(self) -> None:
-        """Give all ranks the statistics of all images: before every evaluation, save and exit."""
+        """Give all ranks the statistics of all images: before every evaluation and exit."""
         if self.progress.update == 0 or not self.has_bn:
             return
         for model in self.networks().values():
             merge_running_stats(model, count=self.progress.images / self.accelerator.num_processes)
 
-
-def _synchronised(forward: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Exchange gradients between ranks only in the backward of a group's last micro-batch."""
-    if last or not hasattr(forward, "no_sync"):
-        return nullcontext()
-    no_sync: Any = forward.no_sync
-    waiting: AbstractContextManager[Any] = no_sync()
-    return waiting
+    @contextmanager
+    def merged_statistics(self) -> Iterator[None]:
+        """Merged statistics within this context, and each rank's own behind it, so that saving changes nothing."""
+        if self.accelerator.num_processes == 1 or not self.has_bn:
+            yield
+            return
+        snapshots = [StatSnapshot(model) for model in self.networks().values()]
+        for snapshot in snapshots:
+            snapshot.take()
+        try:
+            self.merge_statistics()
+            yield
+        finally:
+            for snapshot in snapshots:
+                snapshot.rollback()

@@ -57,7 +57,7 @@ class Tally:
         confidence, predicted = logits.softmax(dim=1).max(dim=1)
         confusion = torch.bincount(labels * self.num_classes + predicted, minlength=self.num_classes**2)
         hit = (predicted == labels).float()
-        slot = (confidence * _ECE_BINS).long().clamp_(max=_ECE_BINS - 1)
+        slot = (confidence * _ECE_BINS).long().clamp_(0, _ECE_BINS - 1)  # what is no number counts in the first
         bins = logits.new_zeros(3, _ECE_BINS)  # images, confidence, hits
         bins.index_add_(1, slot, torch.stack([torch.ones_like(hit), confidence, hit]))
         first_five = logits.topk(min(5, self.num_classes), dim=1).indices

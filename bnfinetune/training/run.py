@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
@@ -22,15 +23,18 @@ from bnfinetune.recipe_files import dump_recipe, load_recipe
 from bnfinetune.training.backbone import build_backbone, input_config, restrict_training
 from bnfinetune.training.batches import smallest_batch
 from bnfinetune.training.data.splits import ImageSplits, load_splits
+from bnfinetune.training.features import features_instead_of_images
 from bnfinetune.training.feed import recipe_loaders
 from bnfinetune.training.keeper import Keeper
+from bnfinetune.training.lock import RunLock
 from bnfinetune.training.loop import Trainer
+from bnfinetune.training.memory import enough_memory
 from bnfinetune.training.metrics import Metrics
 from bnfinetune.training.norms import convert_recipe_norms
 from bnfinetune.training.optim import describe_groups
 from bnfinetune.training.phases import apply_recipe_policies
 from bnfinetune.training.resume import choose_run
-from bnfinetune.training.start import seed_ranks, start_accelerator
+from bnfinetune.training.start import lost_ranks, seed_ranks, start_accelerator
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,23 @@ def finetune(recipe: str | Mapping[str, Any] | Recipe, /, **overrides: Any) -> R
 
 
 def train(recipe: Recipe) -> RunResult:
-    """Run a complete recipe; `finetune` is the same for names and overrides."""
-    accelerator = start_accelerator(recipe.train.mixed_precision, recipe.run.tracking)
+    """Run a complete recipe; `finetune` is the same for names and overrides.
+
+    Raises:
+        BnFinetuneError: As `finetune`.
+        SystemExit: SIGTERM came during training, with code 143, after a state was saved.
+        KeyboardInterrupt: Ctrl-C came; during training, after a state was saved.
+    """
+    minutes = recipe.train.timeout_minutes
+    accelerator = start_accelerator(recipe.train.mixed_precision, recipe.run.tracking, minutes)
+    setting = f"train.batch_size={recipe.train.batch_size}, evaluate.batch_size={recipe.evaluate.batch_size}"
+    with RunLock() as lock, lost_ranks(minutes), enough_memory(accelerator.device, setting, "lower them"):
+        return _train(recipe, accelerator, lock)
+
+
+def _train(recipe: Recipe, accelerator: Accelerator, lock: RunLock) -> RunResult:
     say = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True).print
-    folder = choose_run(recipe, accelerator)
+    folder = choose_run(recipe, accelerator, lock)
 
     splits = load_splits(recipe.data, recipe.run.seed)
     seed_ranks(recipe.run, same_on_all=True)
@@ -81,11 +98,12 @@ def train(recipe: Recipe) -> RunResult:
 
     seed_ranks(recipe.run, same_on_all=False)
     source = {"computed": "as stored and trained", "source": recipe.data.source, "fingerprint": splits.fingerprint()}
-    keeper = Keeper(trainer, folder, dump_recipe(recipe), splits.class_names, data_config, source, say)
+    keeper = Keeper(trainer, folder, dump_recipe(recipe), splits.class_names, data_config, source, say, lock)
     with closing(loaders):
         found = judge(trainer)
         before = keeper.begin([*headline(trainer, splits, dropped), *told(found)], found)
-        trainer.fit(keeper.pause)
+        with features_instead_of_images(trainer, keeper.splits, source["fingerprint"], say):
+            trainer.fit(keeper.pause)
         best, after = keeper.finish()
     return RunResult(folder.path, recipe, before, after, best, keeper.history)
 

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
 
-from bnfinetune.errors import BnFinetuneError, RecipeError
+from bnfinetune.errors import BnFinetuneError, RecipeError, TrainingError
 from bnfinetune.recipe import Recipe, Run
 
 _REFUSED = {
@@ -20,11 +29,23 @@ _REFUSED = {
     DistributedType.DEEPSPEED: "DeepSpeed replaces the loop that keeps the statistics right",
     DistributedType.MEGATRON_LM: "Megatron-LM trains other kinds of models",
 }
+TIMEOUT_MINUTES = 10.0  # torch's own for NCCL; for gloo it would be 30
+_LOST = re.compile(
+    r"Connection (closed|reset) by peer|Connection refused|Broken pipe|"
+    r"Timed out waiting|timed out after|Application timeout|Socket Timeout"
+)
 T = TypeVar("T")
 
 
-def start_accelerator(mixed_precision: str = "no", tracking: str | None = None) -> Accelerator:
+def start_accelerator(
+    mixed_precision: str = "no", tracking: str | None = None, timeout_minutes: float = TIMEOUT_MINUTES
+) -> Accelerator:
     """Accelerate's view of devices and ranks; on a machine without an accelerator the ranks talk over gloo.
+
+    Args:
+        mixed_precision: `no`, `fp16` or `bf16`.
+        tracking: Names of Accelerate's trackers, comma-separated.
+        timeout_minutes: How long a rank waits for the others before it gives up.
 
     Raises:
         RecipeError: The launcher asks for FSDP or DeepSpeed, or the device cannot compute in this precision.
@@ -37,6 +58,7 @@ def start_accelerator(mixed_precision: str = "no", tracking: str | None = None) 
             cpu=not torch.accelerator.is_available(),
             log_with=None if tracking is None else [name.strip() for name in tracking.split(",")],
             project_config=ProjectConfiguration(project_dir="."),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes))],
         )
     except (ValueError, ImportError) as error:
         raise RecipeError(f"train.mixed_precision={mixed_precision}, run.tracking={tracking}: {error}") from error
@@ -70,6 +92,24 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
         raise outcome[1]
     result: T = outcome[0]
     return result
+
+
+@contextmanager
+def lost_ranks(minutes: float) -> Iterator[None]:
+    """Say of a collective that fails because another rank is gone or hangs where the first error is to be found.
+
+    Raises:
+        TrainingError: Another rank was lost.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, BnFinetuneError) or not _LOST.search(str(error)):
+            raise
+        raise TrainingError(
+            f"another process has ended, or gave no answer for train.timeout_minutes={minutes:g}: what it said is the "
+            "cause; the last saved state is whole"
+        ) from error
 
 
 def leave_ranks() -> None:
