@@ -32,6 +32,11 @@ def _yaml_no(value: object) -> object:
     return "no" if value is False else value
 
 
+def _yaml_off(value: object) -> object:
+    """And a bare `off` too."""
+    return "off" if value is False else value
+
+
 def _bn_form(value: object) -> str:
     return BN_FORMS[isinstance(value, list | tuple)]
 
@@ -198,7 +203,7 @@ class BN(Section):
     domain_affine: Literal["shared", "own"] | None = Field(
         default=None, description="whether domains share the affine or have their own; null: shared"
     )
-    fold: Literal["auto", "off"] = Field(
+    fold: Annotated[Literal["auto", "off"], BeforeValidator(_yaml_off)] = Field(
         default="auto",
         description="auto: in training, layers with fixed statistics are computed by the convolutions before them, "
         "which saves time and memory",
@@ -291,7 +296,7 @@ class Train(Section):
     ema: Between | None = Field(
         default=None, description="decay of an averaged copy of the model, which is then what is evaluated and saved"
     )
-    cache_features: Literal["auto", "off"] = Field(
+    cache_features: Annotated[Literal["auto", "off"], BeforeValidator(_yaml_off)] = Field(
         default="auto",
         description="auto: where only a linear head trains and images are not augmented, compute their features once",
     )
@@ -367,7 +372,7 @@ class Run(Section):
     dir: str | None = Field(default=None, description="run folder; null: a new one under runs/")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=42, description="seed of every random draw")
     deterministic: bool = Field(default=False, description="only deterministic kernels; slower")
-    check: Literal["off", "warn", "error"] = Field(
+    check: Annotated[Literal["off", "warn", "error"], BeforeValidator(_yaml_off)] = Field(
         default="warn", description="look for BatchNorm pitfalls before training: print what is found, or refuse errors"
     )
     report: bool = Field(

@@ -448,6 +448,11 @@ class TestOverrideGrammar:
     def test_every_plain_value_comes_back_as_it_was_written(self, key, value):
         assert read_override(f"{'.'.join(key)}={as_override(value)}") == (".".join(key), value)
 
+    def test_words_that_yaml_takes_for_false_reach_the_keys_that_know_them(self):
+        recipe = load_recipe({}, ["run.check=off", "bn.fold=off", "train.cache_features=off", "train.mixed_precision=no"])
+        assert (recipe.run.check, recipe.bn.fold, recipe.train.cache_features) == ("off", "off", "off")
+        assert recipe.train.mixed_precision == "no"
+
     @settings(max_examples=150, deadline=None)
     @given(st.from_regex(r"[A-Za-z/*._][A-Za-z0-9/*._=\\-]{0,20}", fullmatch=True))
     def test_globs_and_paths_need_no_quotes(self, text):
