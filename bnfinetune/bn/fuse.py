@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 from torch.utils._pytree import tree_leaves
 
-from bnfinetune.bn.conv_bn import fold_parameters
+from bnfinetune.bn.conv_bn import fold_parameters, widest_dtype
 from bnfinetune.bn.fold import unfolded
 from bnfinetune.bn.layers import (
     Tail,
@@ -143,15 +143,11 @@ def _absorbed_parameters(
         trains = [tensor.requires_grad for tensor in affine_of(layers[name]) if tensor is not None]
         for conv in feeding.values():
             with torch.no_grad():
-                weight, bias = fold_parameters(conv, layers[name], _widest(cast(Tensor, conv.weight)))
+                weight, bias = fold_parameters(conv, layers[name], widest_dtype(cast(Tensor, conv.weight)))
             learns = any([*trains, *(tensor.requires_grad for tensor in conv.parameters(recurse=False))])
             fused = {"weight": Parameter(weight, learns), "bias": Parameter(bias, learns)}
             parameters[conv] = {**conv._parameters, **fused}
     return parameters
-
-
-def _widest(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def _rest(layer: nn.Module, scales: bool) -> nn.Module:
@@ -169,7 +165,7 @@ def _rest(layer: nn.Module, scales: bool) -> nn.Module:
 def _channel_scale(layer: nn.Module) -> ChannelScale:
     stats, (gain, shift) = population_of(layer), affine_of(layer)
     assert stats is not None
-    wide, dtype = _widest(stats.mean), stats.mean.dtype
+    wide, dtype = widest_dtype(stats.mean), stats.mean.dtype
     with torch.no_grad():
         scale = (stats.var.to(wide) + cast(float, layer.eps)).rsqrt()
         scale = scale if gain is None else scale * gain

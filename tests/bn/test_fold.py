@@ -291,12 +291,13 @@ def test_buffers_rewritten_between_forward_and_backward_do_no_harm():
         torch.testing.assert_close(parameter.grad, wanted[f"{name}.grad"], rtol=1e-4, atol=1e-4)
 
 
-def test_second_derivatives():
+@pytest.mark.parametrize("size", [7, 12], ids=["s multiplies the outputs", "s multiplies the weights"])
+def test_second_derivatives(size):
     model = folded_toy().double()
     model[2] = nn.Tanh()
     inputs = [p.detach().clone().requires_grad_() for p in model.parameters()]
     names = [name for name, _ in model.named_parameters()]
-    x = images(1, size=7).double()
+    x = images(1, size=size).double()
 
     def run(*values: torch.Tensor) -> torch.Tensor:
         return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,))
@@ -323,10 +324,17 @@ def test_gradients_per_sample_by_functional_transforms(affine):
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("affine", [True, False])
 def test_backward_keeps_no_more_than_without_norm(name, affine):
+    """But for two numbers per channel and, where g trains, the outputs of layers that have more weights than these."""
     model, bare, x = folded(name, affine=affine), without_norm(backbone(name)), images(2, 64)
     channels = sum(4 * layer.running_mean.nbytes for layer in find_bn_layers(model).values())
+    weights = 0 if affine else sum(p.nbytes for p in model.parameters() if p.ndim == 4)
     found = bytes_kept(model, x)
-    assert found <= bytes_kept(bare, x) + channels
+    assert found <= bytes_kept(bare, x) + channels + weights
+    if not affine:
+        x = images(4, 160)
+        channels += sum(p.nbytes for p in model.parameters() if p.ndim == 4 and p[0].numel() >= 4 * 5 * 5)
+        found = bytes_kept(model, x)
+        assert found <= bytes_kept(bare, x) + channels
     assert found < 0.75 * bytes_kept(backbone(name).eval(), x)
 
 

@@ -1,0 +1,184 @@
+"""What frozen BN costs in a training step, in time and in bytes kept for backward, against the same net without norm.
+
+Peers: BN in training, native BN in evaluation mode, timm's `freeze_batch_norm_2d`, torchvision's `FrozenBatchNorm2d`
+and mmengine's `turn_on_efficient_conv_bn_eval` (extra `bench`). A peer whose outputs differ from eval-mode BN is left
+out and named. On a CUDA device everything runs under bf16 autocast and in channels_last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import accumulate
+from typing import Any
+
+import timm
+import torch
+from timm.layers import freeze_batch_norm_2d
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from bnfinetune.bn import find_bn_layers, freeze_bn
+from bnfinetune.bn.fold import fold_bn, fold_report
+from bnfinetune.bn.layers import bn_tail
+from tests.bench.harness import compare, table
+from tests.bench.results import record
+from tests.bn.folding import bytes_kept, without_norm
+from tests.bn.models import randomise
+
+MODELS = ("resnet50", "resnet18", "efficientnet_b0", "regnety_008", "mobilenetv3_large_100", "densenet121")
+NO_NORM = "no norm"
+TRAINING = "training BN"
+OTHERWISE = (NO_NORM, TRAINING)
+"""What does not compute what eval-mode BN does, nor should."""
+
+
+class TorchvisionFrozen(nn.Module):
+    """torchvision's frozen layer in the place of a BN layer, with what follows normalising in the latter."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.norm = FrozenBatchNorm2d(layer.num_features, layer.eps)
+        self.norm.load_state_dict({key: value for key, value in layer.state_dict().items() if key in STATE})
+        self.children_of_tail = nn.ModuleList(layer.children())
+        self.tail = bn_tail(layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tail(self.norm(x))
+
+
+STATE = ("weight", "bias", "running_mean", "running_var")
+
+
+def eval_mode(model: nn.Module, *, affine: bool = True) -> nn.Module:
+    for layer in find_bn_layers(model).values():
+        layer.eval()
+        for parameter in (layer.weight, layer.bias):
+            parameter.requires_grad_(affine)
+    return model
+
+
+def torchvision_frozen(model: nn.Module) -> nn.Module:
+    for name, layer in find_bn_layers(model).items():
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, TorchvisionFrozen(layer))
+    return model
+
+
+def mmengine_folded(model: nn.Module) -> nn.Module:
+    from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval_for_single_model
+
+    turn_on_efficient_conv_bn_eval_for_single_model(eval_mode(model))
+    return model
+
+
+VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    NO_NORM: without_norm,
+    TRAINING: nn.Module.train,
+    "eval mode": eval_mode,
+    "eval mode, affine frozen": lambda model: eval_mode(model, affine=False),
+    "timm freeze (affine frozen)": freeze_batch_norm_2d,
+    "torchvision (affine frozen)": torchvision_frozen,
+    "mmengine": mmengine_folded,
+    "policy, not folded": lambda model: freeze_bn(model, affine=False),
+    "policy, not folded, affine frozen": freeze_bn,
+    "folded": lambda model: fold_bn(freeze_bn(model, affine=False)),
+    "folded, affine frozen": lambda model: fold_bn(freeze_bn(model)),
+}
+
+
+def variants_of(model: nn.Module, images: torch.Tensor) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The variants that compute what eval-mode BN does, and why the others are left out."""
+    with torch.no_grad():
+        truth = eval_mode(copy.deepcopy(model))(images)
+    built: dict[str, nn.Module] = {}
+    left_out: dict[str, str] = {}
+    for name, make in VARIANTS.items():
+        try:
+            variant = make(copy.deepcopy(model))
+            with torch.no_grad():
+                error = float((variant(images) - truth).abs().max() / truth.abs().max())
+        except Exception as reason:
+            left_out[name] = f"{type(reason).__name__}: {reason}".splitlines()[0]
+            continue
+        if name in OTHERWISE or error < 1e-3:
+            built[name] = variant
+        else:
+            left_out[name] = f"its outputs differ from those of eval-mode BN by {error:.0%}"
+    return built, left_out
+
+
+def step_of(model: nn.Module, images: torch.Tensor) -> Callable[[], None]:
+    half = torch.autocast("cuda", torch.bfloat16) if images.is_cuda else nullcontext()
+
+    def step() -> None:
+        with half:
+            loss = model(images).square().mean()
+        loss.backward()
+        model.zero_grad()
+
+    return step
+
+
+def peak_memory(step: Callable[[], None]) -> int:
+    """The most bytes that a step has allocated at once, beyond what lives before it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    results = profile.profiler.kineto_results
+    events = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
+    return max(accumulate(count for _, count in events))
+
+
+def measure(name: str, batch: int, size: int, rounds: int) -> dict[str, Any]:
+    """Times and counts every variant of one model, and prints the table."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    torch.manual_seed(0)
+    model = randomise(timm.create_model(name)).to(device, memory_format=layout).train()
+    images = torch.randn(batch, 3, size, size, device=device).to(memory_format=layout)
+    models, left_out = variants_of(model, images)
+    steps = {variant: step_of(module, images) for variant, module in models.items()}
+    kept = {variant: bytes_kept(module, images) for variant, module in models.items()}
+    peaks = {variant: peak_memory(step) for variant, step in steps.items()}
+    timings = compare(steps, baseline=NO_NORM, rounds=rounds, warmup=1)
+    report = fold_report(models["folded"])
+    pairs = f"{len(report.folded)} of {len(report)} BN layers folded"
+    print(table(f"{name}, batch {batch} of {size}x{size} on {device}, {rounds} rounds; {pairs}", timings))
+    for variant in models:
+        print(f"  {variant:34} kept {kept[variant] / 2**20:7.1f} MiB, peak {peaks[variant] / 2**20:7.1f} MiB")
+    for variant, reason in left_out.items():
+        print(f"  left out: {variant} ({reason})")
+    return {
+        "model": name,
+        "batch": batch,
+        "size": size,
+        "rounds": rounds,
+        "folded": len(report.folded),
+        "layers": len(report),
+        "weights": sum(parameter.nbytes for parameter in model.parameters()),
+        "rows": [{**t._asdict(), "kept": kept[t.name], "peak": peaks[t.name]} for t in timings],
+        "left_out": left_out,
+    }
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench frozen_bn", description=__doc__)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--size", type=int, default=160, help="side of the images")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--record", action="store_true", help="keep the figures for docs/benchmarks.md")
+    options = parser.parse_args(arguments)
+    torch.set_flush_denormal(True)  # without norm, activations shrink to where the CPU is slow
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in options.models:
+        figures = measure(name, options.batch, options.size, options.rounds)
+        if options.record:
+            record("frozen_bn", f"{name} on {where}", figures)
