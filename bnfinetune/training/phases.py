@@ -10,7 +10,7 @@ from bnfinetune.bn.policy import BNPolicy, apply_policy, auto_momentum, unfreeze
 from bnfinetune.errors import RecipeError
 from bnfinetune.recipe import BN, Recipe
 
-_SCHEDULED = {"freeze_after", "unfreeze_after"}
+_NO_POLICY = {"freeze_after", "unfreeze_after", "fold"}  # what other code reads
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def apply_recipe_policies(model: nn.Module, recipe: Recipe, batches_per_epoch: i
     """Apply the policies of a recipe's `bn` section; one that sets no switch leaves the network as it is."""
     policies = []
     for section in sections_of(recipe):
-        settings = section.model_dump(exclude_defaults=True, exclude=_SCHEDULED)
+        settings = section.model_dump(exclude_defaults=True, exclude=_NO_POLICY)
         if settings.get("momentum") == "auto":
             if batches_per_epoch is None:
                 raise RecipeError("bn.momentum=auto counts batches per epoch, which a stream has not; give a number")

@@ -1,0 +1,134 @@
+"""Runs train folded where statistics are fixed, pause unfolded, and learn what they would learn unfolded."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils._pytree import tree_structure
+
+import bnfinetune as bnf
+from bnfinetune.bn.fold import fold_report
+from bnfinetune.bn.layers import find_bn_layers
+from bnfinetune.training.keeper import Keeper
+from bnfinetune.training.loop import Trainer
+from tests.training.support import write_images, write_weights
+from tests.training.test_run import last_weights, settings
+
+QUIET = {"run.report": False, "run.check": "off"}
+MODELS = pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def folded(monkeypatch):
+    """How many layers were folded in each update, and in each pause."""
+    seen = {"update": [], "pause": []}
+
+    def watch(cls, name, key, model_of):
+        original = getattr(cls, name)
+
+        def watching(self, *args, **kwargs):
+            seen[key].append(len(fold_report(model_of(self)).folded))
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(cls, name, watching)
+
+    watch(Trainer, "_update", "update", lambda trainer: trainer.model)
+    watch(Keeper, "pause", "pause", lambda keeper: keeper.trainer.model)
+    return seen
+
+
+def start_of(name, folder):
+    write_weights(folder / "start.safetensors", name)
+    return {"model.name": name, "model.checkpoint": folder / "start.safetensors"}
+
+
+def saved_names(folder):
+    """What the newest training state holds, by name and not by value."""
+    state = max((folder / "checkpoints").iterdir())
+    return tree_structure(torch.load(state / "trainer.pt", weights_only=True)), last_weights(folder).keys()
+
+
+@MODELS
+def test_a_folded_run_learns_what_an_unfolded_one_does(name, images, tmp_path, folded):
+    options = start_of(name, tmp_path) | {"optim.name": "sgd", "optim.lr": 1e-3, **QUIET}
+    results = {
+        fold: bnf.finetune("freeze_stats", **settings(images, tmp_path / fold, **options, **{"bn.fold": fold}))
+        for fold in ("auto", "off")
+    }
+    layers = len(find_bn_layers(results["auto"].model))
+    assert folded["update"] == [layers] * 15 + [0] * 15
+    assert not any(folded["pause"])
+    assert not fold_report(results["auto"].model).folded
+    one, other = (last_weights(tmp_path / fold) for fold in results)
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], rtol=1e-3, atol=1e-4)
+    assert saved_names(tmp_path / "auto") == saved_names(tmp_path / "off")
+    metrics = [result.after["validation"] for result in results.values()]
+    assert metrics[0].top1 == metrics[1].top1
+    assert metrics[0].loss == pytest.approx(metrics[1].loss, rel=1e-3)
+
+
+FIXED = {"train_stats": "running", "update_stats": "none"}
+PHASES = {
+    "freeze": ({"bn.freeze_after": 2}, ["none"] * 10 + ["all"] * 5),
+    "unfreeze": ({"bn": [FIXED, {"layers": "layer4*", "unfreeze_after": 0.4}]}, ["all"] * 6 + ["but layer4"] * 9),
+    "statistics move": ({"bn.train_stats": "running"}, ["none"] * 15),
+    "off": ({"bn": [FIXED, {"layers": "bn1", "fold": "off"}]}, ["none"] * 15),
+}
+
+
+@pytest.mark.parametrize("case", PHASES)
+def test_what_is_folded_follows_the_phases(case, images, tmp_path, folded):
+    options, expected = PHASES[case]
+    result = bnf.finetune("full", **settings(images, tmp_path / "run", **options, **QUIET))
+    names = list(find_bn_layers(result.model))
+    tail = sum(name.startswith("layer4") for name in names)
+    counts = {"none": 0, "all": len(names), "but layer4": len(names) - tail}
+    assert tail
+    assert folded["update"] == [counts[which] for which in expected]
+    assert not any(folded["pause"])
+
+
+def test_a_folded_run_goes_on_bit_for_bit(images, tmp_path, monkeypatch):
+    options = {"checkpoint.every_steps": 1, "train.ema": 0.9, "evaluate.every_steps": 2, **QUIET}
+    bnf.finetune("freeze_stats", **settings(images, tmp_path / "whole", **options))
+    update = Trainer._update
+
+    def interrupted(self, group):
+        if self.progress.update == 4:
+            raise KeyboardInterrupt
+        update(self, group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            bnf.finetune("freeze_stats", **settings(images, tmp_path / "broken", **options))
+    bnf.finetune("freeze_stats", **settings(images, tmp_path / "broken", **options, **{"train.resume": "auto"}))
+    one, other = last_weights(tmp_path / "whole"), last_weights(tmp_path / "broken")
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+def test_gradients_through_a_frozen_backbone_are_not_recorded(images, tmp_path, monkeypatch):
+    """A linear probe's graph is that of its head, whatever comes before."""
+    counts = []
+    monkeypatch.setattr(
+        Accelerator, "backward", lambda self, loss: (counts.append(nodes(loss.grad_fn)), loss.backward())
+    )
+    options = {"train.epochs": 1, **QUIET}
+    bnf.finetune("linear_probe", **settings(images, tmp_path / "run", **options))
+    assert set(counts) == {7}  # share, loss, log-softmax, linear, its transposed weight, two accumulators
+
+
+def nodes(root) -> int:
+    """How many autograd nodes a loss hangs on."""
+    seen, left = set(), [root]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [following for following, _ in node.next_functions]
+    return len(seen)
