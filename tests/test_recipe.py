@@ -449,7 +449,8 @@ class TestOverrideGrammar:
         assert read_override(f"{'.'.join(key)}={as_override(value)}") == (".".join(key), value)
 
     def test_words_that_yaml_takes_for_false_reach_the_keys_that_know_them(self):
-        recipe = load_recipe({}, ["run.check=off", "bn.fold=off", "train.cache_features=off", "train.mixed_precision=no"])
+        words = ["run.check=off", "bn.fold=off", "train.cache_features=off", "train.mixed_precision=no"]
+        recipe = load_recipe({}, words)
         assert (recipe.run.check, recipe.bn.fold, recipe.train.cache_features) == ("off", "off", "off")
         assert recipe.train.mixed_precision == "no"
 
