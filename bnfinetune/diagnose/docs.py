@@ -45,10 +45,15 @@ On the command line: `bnfinetune check recipe=full train.batch_size=2`.
 
 What the statistics are worth on given data is measured by `bnf.inspect_bn(model, data)` and
 `bnfinetune inspect checkpoint=FOLDER page=report.html`, which writes a page like this one, here with a planted shift in
-`layer2.0.bn1`. How good its recommendations are, `python -m tests.diagnose.judge_recommendations` finds out by running
-the candidates.
+`layer2.0.bn1`. How good its recommendations are is [judged](recommendations.md) by running the candidates; what all of
+this costs is [measured](cost.md).
 
-![The report: verdict, recommendation, before and after re-estimation, causes, layers and channels](report.png)
+![The report: verdict, recommendation, checks, before and after re-estimation, causes, layers and channels](report.png)
+
+A training run writes its own page, `report.html` in its folder, and follows the statistics at each evaluation
+(`run.report=false` turns both off). Here `bnfinetune recipe=full train.epochs=8`:
+
+![The page of a run: result, curves, confusion matrix](run.png)
 """
 
 

@@ -15,6 +15,7 @@ from bnfinetune.diagnose.drift_report import BATCH_SIZES, SOUND_NOISE, DriftRepo
 
 _INK = "#010203"  # stands for the page's text colour
 _BLUE, _ORANGE, _GREEN = "#4a8fd0", "#d9822b", "#4c9f70"  # legible on white and on near-black
+_WIDTH = 4.8  # inches; fits a phone with legible letters
 _COLUMNS = 96
 _MOST_ROWS = 64
 
@@ -46,10 +47,10 @@ def _figure(name: str, width: float, height: float) -> Iterator[tuple[Any, Any, 
         yield figure, figure.subplots(), out
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    out.append(_inline(text.getvalue(), name, round(width)))
+    out.append(_inline(text.getvalue(), name, width))
 
 
-def _inline(svg: str, name: str, inches: int) -> str:
+def _inline(svg: str, name: str, inches: float) -> str:
     """The svg element alone, scaling with the page, hidden from screen readers, which get the caption's text."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
@@ -58,7 +59,7 @@ def _inline(svg: str, name: str, inches: int) -> str:
     body = re.sub(r'\bid="', f'id="{name}-', body)
     body = re.sub(r"url\(#", f"url(#{name}-", body)
     body = re.sub(r'href="#', f'href="#{name}-', body)
-    style = f"max-width: {7 * inches}rem; min-width: min({7 * inches}rem, 32rem)"  # letters stay legible on a phone
+    style = f"max-width: {7 * inches:.4g}rem; min-width: {4.5 * inches:.4g}rem"  # letters stay legible on a phone
     body = body.replace("<svg ", f'<svg aria-hidden="true" focusable="false" style="{style}" ', 1)
     return body.replace(_INK, "currentColor")
 
@@ -92,7 +93,7 @@ def _sorted_distances(shift: Sequence[float], log_ratio: Sequence[float]) -> np.
 def noise_curve(report: DriftReport) -> Markup:
     """Noise of a batch's statistics against its size: the worst layer, the middle one, and measured batches."""
     every = np.array([layer.noise for layer in report.layers.values()])
-    with _figure("noise", 6.4, 3.4) as (_, axis, out):
+    with _figure("noise", _WIDTH, 3.0) as (_, axis, out):
         axis.plot(BATCH_SIZES, report.noise, color=_ORANGE, marker="o", markersize=4, label="worst layer, predicted")
         axis.plot(BATCH_SIZES, np.median(every, axis=0), color=_BLUE, marker="s", markersize=4, label="middle layer")
         if report.batch_noise:
@@ -113,7 +114,7 @@ def regimes(report: DriftReport) -> Markup:
     kinds = {"running": report.running, "each batch's": report.batch, "re-estimated": report.reestimated}
     labelled = report.running.accuracy is not None
     values = [100 * (each.accuracy or 0.0) if labelled else each.distance for each in kinds.values()]
-    with _figure("regimes", 6.4, 1.8) as (_, axis, out):
+    with _figure("regimes", _WIDTH, 1.6) as (_, axis, out):
         bars = axis.barh(list(kinds)[::-1], values[::-1], color=[_GREEN, _BLUE, _ORANGE])
         axis.bar_label(bars, fmt="%.1f %%" if labelled else "%.3f", padding=3, fontsize=8)
         axis.set(xlabel="accuracy, %" if labelled else "distance from re-estimated predictions")
@@ -131,7 +132,7 @@ def causes(report: DriftReport) -> Markup:
     names = list(report.stages)[::-1]
     values = [report.stages[name] for name in names]
     what = "loss" if report.running.loss is not None else "distance"
-    with _figure("causes", 6.4, 0.9 + 0.28 * len(names)) as (_, axis, out):
+    with _figure("causes", _WIDTH, 0.9 + 0.28 * len(names)) as (_, axis, out):
         colours = [_GREEN if value > 0 else _ORANGE for value in values]
         bars = axis.barh([_short(name) or "(the model)" for name in names], values, color=colours)
         axis.bar_label(bars, fmt="%+.2f", padding=3, fontsize=8)
@@ -164,7 +165,7 @@ def curves(
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     styles = ((_BLUE, "o"), (_ORANGE, "s"))
-    with _figure(name, 6.4, 3.0) as (_, axis, out):
+    with _figure(name, _WIDTH, 2.8) as (_, axis, out):
         for (key, title), (colour, marker) in zip(keys.items(), styles, strict=True):
             known = [record for record in history if record.get(key) is not None]
             updates, values = [r["update"] for r in known], [r[key] for r in known]
@@ -176,7 +177,7 @@ def curves(
         axis.set_xlim(left=min(0, *axis.get_xlim()))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if percent:
-            axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+            axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol="%"))
         axis.legend(fontsize=8)
     return Markup(out[0])
 
@@ -185,7 +186,7 @@ def confusion(counts: Sequence[Sequence[int]], class_names: Sequence[str]) -> Ma
     """The confusion matrix, rows as shares of the true class's images; names up to 40 classes, counts up to 20."""
     table = np.array(counts, dtype=float)
     shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
-    side = min(2.5 + 0.32 * len(class_names), 9.0)
+    side = min(1.6 + 0.32 * len(class_names), 9.0)
     with _figure("confusion", side, side) as (_, axis, out):
         axis.imshow(shares, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
         if len(class_names) <= 40:

@@ -133,7 +133,7 @@ def _row(layer: LayerReport, column: int) -> tuple[str, ...]:
         _number(layer.drift),
         _number(layer.drift_in_evaluation),
         f"{worst}: mean {layer.mean_shift[worst]:+.2f}",
-        f"{mean_kl:.3g}",
+        f"{mean_kl:.3f}",
         f"{layer.noise[column]:.3f}",
         remarks(layer),
     )

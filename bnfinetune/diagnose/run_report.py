@@ -91,7 +91,7 @@ def _numbers(story: RunStory) -> dict[str, str]:
     images = int(last.get("images", 0))
     if images:
         interval = binomtest(round(last["top1"] * images), images).proportion_ci(method="wilson")
-        numbers[f"95 % interval, {images:,} images"] = f"{interval.low:.1%} to {interval.high:.1%}"
+        numbers[f"95% interval, {images:,} images"] = f"{interval.low:.1%} to {interval.high:.1%}"
     if "macro_f1" in last:
         numbers["macro F1"] = f"{last['macro_f1']:.1%}"
     return numbers | dict(story.numbers or {})
