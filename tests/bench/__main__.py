@@ -11,7 +11,7 @@ def benches() -> list[str]:
     return [
         module.name
         for module in pkgutil.iter_modules(tests.bench.__path__)
-        if module.name not in ("__main__", "folders", "harness", "pages", "results")
+        if module.name not in ("__main__", "folders", "harness", "pages", "results", "trainers")
     ]
 
 

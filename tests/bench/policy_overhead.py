@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from bnfinetune.bn import BNPolicy, apply_policy, find_bn_layers
-from tests.bench.harness import compare, table
+from tests.bench.harness import Timing, compare, table
+from tests.bench.pages import DOCS, put_table
+from tests.bench.results import record, recorded
 
 LIVE = {
     "batch": BNPolicy(train_stats="batch"),
@@ -48,6 +50,23 @@ def step_of(model: nn.Module, images: torch.Tensor, *, bn_eval: bool = False) ->
     return step
 
 
+def figures(timings: list[Timing]) -> dict[str, list[float]]:
+    """Ratio and the middle half of the rounds' ratios, by policy."""
+    return {timing.name: [timing.ratio, *timing.spread] for timing in timings}
+
+
+def page_table() -> str:
+    """All models recorded so far side by side, in Markdown."""
+    models = recorded("policy_overhead")
+    labels = dict.fromkeys(label for entry in models.values() for label in entry["ratios"])
+    lines = ["| policy | " + " | ".join(models) + " |", "| --- |" + " ---: |" * len(models)]
+    for label in labels:
+        cells = [entry["ratios"].get(label) for entry in models.values()]
+        shown = [f"{cell[0]:.3f} ({cell[1]:.3f} to {cell[2]:.3f})" if cell else "" for cell in cells]
+        lines.append(f"| {label} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench policy_overhead", description=__doc__)
     parser.add_argument("--models", nargs="+", default=["resnet18", "efficientnet_b0"])
@@ -62,6 +81,7 @@ def main(arguments: Sequence[str]) -> None:
     for name in options.models:
         model = timm.create_model(name, num_classes=10).to(device)
         images = torch.randn(options.batch, 3, options.size, options.size, device=device)
+        ratios: dict[str, list[float]] = {}
         where = f"{name}, batch {options.batch} of {options.size}x{options.size} on {device}, {options.rounds} rounds"
         for baseline, policies, bn_eval in (("native train", LIVE, False), ("native eval", FROZEN, True)):
             chosen = {label: policy for label, policy in policies.items() if label in (options.only or policies)}
@@ -70,4 +90,13 @@ def main(arguments: Sequence[str]) -> None:
             steps = {baseline: step_of(model, images, bn_eval=bn_eval)}
             for label, policy in chosen.items():
                 steps[label] = step_of(apply_policy(copy.deepcopy(model), policy), images)
-            print(table(where, compare(steps, baseline=baseline, rounds=options.rounds)), flush=True)
+            timings = compare(steps, baseline=baseline, rounds=options.rounds)
+            ratios |= figures(timings)
+            print(table(where, timings), flush=True)
+        setting = {"batch": options.batch, "size": options.size, "rounds": options.rounds}
+        path = record("policy_overhead", name, {**setting, "ratios": ratios}, ("torch", "timm"))
+    what = (
+        f"Ratios of medians over {options.rounds} alternating rounds, in brackets the middle half of the rounds' "
+        f"ratios; batch {options.batch}, {options.size} px"
+    )
+    put_table(DOCS / "policies.md", path, page_table(), what)

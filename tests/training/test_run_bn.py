@@ -147,6 +147,18 @@ def test_recalibrating_recipes_change_statistics_as_they_say(recipe, images, tmp
 
 
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
+def test_tent_measures_an_adapting_copy_and_saves_the_source(name, images, tmp_path):
+    start = write_weights(tmp_path / "start.safetensors", name)
+    options = {"model.name": name, "model.checkpoint": tmp_path / "start.safetensors"}
+    options |= {"evaluate.batch_size": 16, "data.train_split": "val", "data.val_split": "train"}
+    result = bnf.finetune("tent", **settings(images, tmp_path / "run", **options))
+    end, head = exported(tmp_path / "run" / "best"), bn_keys(name)["head"]
+    assert all(torch.equal(start[key], end[key]) for key in start.keys() - head)
+    assert result.after["validation"].loss != result.before["validation"].loss
+    assert result.history[-1]["loss"] == pytest.approx(result.before["validation"].loss)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
 def test_gradient_checkpointing_updates_statistics_once(name, images, tmp_path):
     write_weights(tmp_path / "start.safetensors", name)
     ends = {}
