@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision
 from timm.layers import BatchNormAct2d
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from bnfinetune.bn import BNPolicy, apply_policy, domain, find_bn_layers, freeze_bn
@@ -387,6 +388,23 @@ def test_data_parallel_wrappers_are_taken_off():
     precise_bn(nn.DataParallel(model), batches_of())
     precise_bn(plain, batches_of())
     assert not differing(statistics_of(model), statistics_of(plain))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("average", ["swa", "ema"])
+def test_averaged_weights_get_their_own_exact_statistics(average, name):
+    model, batches = backbone(name), batches_of()
+    averaged = torch.optim.swa_utils.AveragedModel(model) if average == "swa" else ModelEmaV3(model, decay=0.9)
+    with torch.no_grad():
+        for step in range(2):
+            for parameter in model.parameters():
+                parameter.mul_(1 + 0.1 * step)
+            averaged.update_parameters(model) if average == "swa" else averaged.update(model)
+    inner, kept = averaged.module, tensors_of(model)
+    inputs = inputs_of_layers(inner, batches)
+    precise_bn(averaged, batches)
+    assert_exact(inner, inputs)
+    assert not differing(tensors_of(model), kept)
 
 
 def test_modes_hooks_and_buffers_stay():
