@@ -1,4 +1,4 @@
-"""Puts what was measured into the pages of docs/ that explain it: a table between two marks, and plots."""
+"""Puts what was measured into the pages of docs/ that explain it: tables between two marks each, and plots."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parents[2] / "docs"
-BEGIN, END = "<!-- measured -->", "<!-- end -->"
 
 
 def put_table(page: Path, source: Path, table: str, what: str) -> None:
-    """Replace the measured part of a page.
+    """Replace a measured part of a page.
 
     Args:
-        page: a page with the marks `BEGIN` and `END`.
-        source: the JSON file that `results.record` has written, whose newest entry says where and when.
+        page: a page with the marks `<!-- begin NAME -->` and `<!-- end NAME -->`, NAME being that of `source`.
+        source: the file NAME.json that `results.record` has written, whose newest entry says where and when.
         table: the measured part, in Markdown.
         what: what the figures are, such as the number of seeds.
     """
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
+    begin, end = f"<!-- begin {source.stem} -->", f"<!-- end {source.stem} -->"
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    _, after = rest.split(end)
     newest: dict[str, Any] = list(json.loads(source.read_text(encoding="utf-8")).values())[-1]
     versions = ", ".join(f"{name} {version}" for name, version in newest["versions"].items())
     setting = f"{what}; {newest['machine']}; {versions}; {newest['date']}."
-    page.write_text(f"{before}{BEGIN}\n{table}\n\n{setting}\n{END}{after}", encoding="utf-8")
+    page.write_text(f"{before}{begin}\n{table}\n\n{setting}\n{end}{after}", encoding="utf-8")
 
 
 def figure_style() -> Any:

@@ -12,6 +12,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import timm
 import torch
@@ -21,6 +22,10 @@ import bnfinetune.demo
 from bnfinetune.bn import find_bn_layers
 from bnfinetune.bn.precise import precise_bn, update_bn_stats
 from tests.bench.harness import compare, table
+from tests.bench.pages import DOCS, put_table
+from tests.bench.results import record, recorded
+
+PAGE = DOCS / "precise_bn.md"
 
 MODELS = ("resnet18", "resnet50", "efficientnet_b0", "test_resnet")
 
@@ -63,14 +68,14 @@ def worst_error(model: nn.Module, truth: nn.Module) -> tuple[float, float]:
     return max(mean for mean, _ in errors), max(var for _, var in errors)
 
 
-def stopping_rule(tolerances: Sequence[float], images: Tensor, batch: int) -> list[str]:
-    """A table of what each way of stopping reads and leaves."""
+def stopping_rule(tolerances: Sequence[float], images: Tensor, batch: int) -> list[dict[str, Any]]:
+    """What each way of stopping reads and leaves: images, seconds, and the estimated and true errors."""
     model = timm.create_model("bnf_resnet", pretrained=True).eval()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     shuffled = images[order].split(batch)
     truth = copy.deepcopy(model)
     precise_bn(truth, shuffled)
-    lines = ["  stop                images  seconds  estimated  error of mean  error of variance"]
+    rows = []
     for label, limit in [
         ("200 batches", {"num_batches": 200}),
         *((f"tolerance {t:g}", {"tolerance": t}) for t in tolerances),
@@ -82,10 +87,30 @@ def stopping_rule(tolerances: Sequence[float], images: Tensor, batch: int) -> li
             report = precise_bn(net, shuffled, **limit)
         seconds = time.perf_counter() - start
         mean, var = worst_error(net, truth)
-        lines.append(
-            f"  {label:18}  {report.samples:6}  {seconds:7.2f}  {report.error:9.4f}  {mean:13.4f}  {var:17.4f}"
-        )
-    return lines
+        rows.append({"stop": label, "images": report.samples, "seconds": seconds, "estimated": report.error})
+        rows[-1] |= {"mean": mean, "variance": var}
+    return rows
+
+
+def stopping_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, a row per way of stopping."""
+    lines = ["| stop | images | seconds | estimated error | error of mean left | of variance |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for row in rows:
+        errors = " | ".join(f"{row[key]:.4f}" for key in ("estimated", "mean", "variance"))
+        lines.append(f"| {row['stop']} | {row['images']} | {row['seconds']:.2f} | {errors} |")
+    return "\n".join(lines)
+
+
+def cost_table() -> str:
+    """All models measured so far, in Markdown."""
+    models = recorded("precise_cost")
+    ways = list(next(iter(models.values()))["ratios"])[1:]
+    lines = ["| model | " + " | ".join(f"`{way}`" for way in ways) + " |", "| --- |" + " ---: |" * len(ways)]
+    for name, entry in models.items():
+        cells = [entry["ratios"][way] for way in ways]
+        lines.append(f"| {name} | " + " | ".join(f"{c[0]:.3f} ({c[1]:.3f} to {c[2]:.3f})" for c in cells) + " |")
+    return "\n".join(lines)
 
 
 def characters(count: int) -> Tensor:
@@ -115,9 +140,18 @@ def main(arguments: Sequence[str]) -> None:
         shape = (options.batch, 3, options.size, options.size)
         batches = [torch.randn(shape, device=device) for _ in range(options.batches)]
         where = f"{name}, {options.batches} batches of {options.batch} of {options.size}x{options.size} on {device}"
-        print(
-            table(where, compare(passes_of(model, batches), baseline="bare forward", rounds=options.rounds)), flush=True
+        timings = compare(passes_of(model, batches), baseline="bare forward", rounds=options.rounds, warmup=1)
+        print(table(where, timings), flush=True)
+        setting = {"batch": options.batch, "batches": options.batches, "size": options.size, "rounds": options.rounds}
+        ratios = {timing.name: [timing.ratio, *timing.spread] for timing in timings}
+        path = record("precise_cost", name, {**setting, "ratios": ratios}, ("torch", "timm", "fvcore"))
+        what = (
+            f"Ratios of medians over {options.rounds} alternating rounds, in brackets the middle half of the rounds' "
+            f"ratios; {options.batches} batches of {options.batch}, {options.size} px"
         )
+        put_table(PAGE, path, cost_table(), what)
     if options.tolerances:
-        print(f"stopping rule, bnf_resnet on {options.images} embedded characters, batches of {options.batch}")
-        print("\n".join(stopping_rule(options.tolerances, characters(options.images), options.batch)))
+        rows = stopping_rule(options.tolerances, characters(options.images), options.batch)
+        path = record("stopping_rule", "bnf_resnet", {"rows": rows}, ("torch", "timm"))
+        put_table(PAGE, path, stopping_table(rows), f"{options.images} images in batches of {options.batch}")
+        print(stopping_table(rows))
