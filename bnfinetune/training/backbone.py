@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from timm.models import load_state_dict, parse_model_name
 from torch import nn
@@ -35,7 +36,7 @@ def build_backbone(section: Model, class_names: Sequence[str]) -> nn.Module:
         model = _create(section, class_names)
     except (BackboneError, CheckpointError):
         raise
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, KeyError, AttributeError) as error:
         raise BackboneError(f"model.name={section.name} with model.kwargs={section.kwargs}: {_line(error)}") from error
     except Exception as error:
         if not _is_hub_failure(error):
@@ -109,7 +110,10 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"model.checkpoint: no file {path}")
     try:
-        weights = load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True)
+        if _is_safetensors(path):  # timm goes by the name
+            weights = load_file(str(path))
+        else:
+            weights = load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True)
     except Exception as error:  # safetensors, pickle and zip each raise their own; all mean an unusable file
         raise CheckpointError(
             f"model.checkpoint: {path} is neither safetensors nor a tensors-only pickle ({_line(error)})"
@@ -132,6 +136,12 @@ def _load_weights(model: nn.Module, path: Path) -> None:
                 f"model.checkpoint: {path} {problem} {names[0]} ({len(names)} such): is model.name right?"
             )
     model.load_state_dict(weights, strict=False)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file is one by its name, or begins as one does: with the length of its header and a JSON mapping."""
+    with path.open("rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
 
 
 def _checkpoint_gradients(model: Any, name: str) -> None:

@@ -179,11 +179,12 @@ def describe_state(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: It cannot be read.
     """
+    kinds = {"update": int, "epoch": int, "ranks": int, "batch_size": int, "grad_accum": int, "fingerprint": str}
     try:
-        about: dict[str, Any] = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} cannot be resumed: {error}") from error
-    return about
+        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        return {key: kind(about[key]) for key, kind in kinds.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} cannot be resumed: {_ABOUT} is not what a run writes ({error!r})") from error
 
 
 def load_state(folder: Path, models: Mapping[str, nn.Module]) -> dict[str, Any]:

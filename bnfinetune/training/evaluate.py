@@ -19,7 +19,7 @@ from bnfinetune.errors import CheckpointError, DataError
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import load_recipe
 from bnfinetune.training.backbone import input_config
-from bnfinetune.training.checkpoint import RECIPE, load_weights
+from bnfinetune.training.checkpoint import RECIPE, WEIGHTS, load_weights
 from bnfinetune.training.data.loaders import ImageLoader
 from bnfinetune.training.data.splits import load_splits
 from bnfinetune.training.feed import recipe_loaders
@@ -126,10 +126,11 @@ def load_exported(folder: Path) -> Any:
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        plain = CONFIG_KEY not in config
-        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=plain)
-        if not plain:
+        ours = (folder / WEIGHTS).is_file()
+        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=not ours)
+        if CONFIG_KEY in config:
             rebuild_norms(model, config, model.pretrained_cfg["input_size"])
+        if ours:  # strictly: timm would give a head of another size new, random weights
             model.load_state_dict(load_weights(folder))
     except Exception as error:  # timm, torch, safetensors and json raise each their own
         raise CheckpointError(f"checkpoint: {folder} cannot be loaded ({error})") from error

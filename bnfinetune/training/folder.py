@@ -137,12 +137,21 @@ def complete_folder(target: Path) -> Path:
 def _damaged(folder: Path) -> str | None:
     """What is wrong with a folder that `write_folder` wrote, or None."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(_own_file(folder, MANIFEST).read_text(encoding="utf-8"))
         return next(
-            (f"{name} has changed" for name, digest in manifest.items() if _sha256(folder / name) != digest), None
+            (f"{name} has changed" for name, digest in manifest.items() if _sha256(_own_file(folder, name)) != digest),
+            None,
         )
     except (OSError, ValueError, AttributeError) as error:
         return f"{MANIFEST} or a file that it lists cannot be read ({error})"
+
+
+def _own_file(folder: Path, name: str) -> Path:
+    """A regular file of a folder; a manifest that somebody else wrote may name a device, or leave the folder."""
+    path = folder / name
+    if Path(name).name != name or not path.is_file():
+        raise FileNotFoundError(f"no file {name}")
+    return path
 
 
 def _sha256(path: Path) -> str:

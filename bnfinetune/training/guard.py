@@ -63,9 +63,9 @@ class StepGuard:
         return values[0], not bad, pending
 
 
-def gradient_size(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The largest magnitude in the gradients, a scalar; it is not finite if any of them is not."""
-    return get_total_norm([p.grad for p in parameters if p.grad is not None], norm_type=math.inf)
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The Euclidean norm of all gradients, a scalar; it is not finite if any of them is not, or if it exceeds 1e19."""
+    return get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def _updates_statistics(model: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object, set_seed
 from torch import nn
 
 from bnfinetune.diagnose.finding import Findings
-from bnfinetune.errors import CheckpointError
+from bnfinetune.errors import BnFinetuneError, CheckpointError
 from bnfinetune.training.checkpoint import (
     StateStore,
     describe_state,
@@ -30,7 +30,7 @@ from bnfinetune.training.checkpoint import (
 from bnfinetune.training.data.seeding import derive_seed
 from bnfinetune.training.drift import drift_meter
 from bnfinetune.training.evaluate import adapted, measure
-from bnfinetune.training.folder import METRICS, append_line, complete_folder, write_text
+from bnfinetune.training.folder import METRICS, append_line, complete_folder, in_words, write_text
 from bnfinetune.training.lock import RunLock
 from bnfinetune.training.loop import Trainer
 from bnfinetune.training.memory import enough_memory
@@ -61,6 +61,7 @@ class Keeper:
     history: list[dict[str, Any]] = field(default_factory=list)  # one record per evaluation
     before: dict[str, Metrics] = field(default_factory=dict)
     saved_update: int | None = None  # of the newest state
+    told_skipped: int = 0  # updates
 
     def __post_init__(self) -> None:
         self.folder = self.run.path
@@ -132,9 +133,10 @@ class Keeper:
         mistakes = Mistakes() if self.trainer.recipe.run.report else None
         after = self._measure_all(network, mistakes, adapt=True)
         if self.accelerator.is_main_process:
-            write_report(self.folder, self.trainer, self.before, after, self.history, self.class_names)
-            if mistakes is not None:
-                self._write_page(network, after, mistakes.worst)
+            with in_words(f"the report in {self.folder}"):
+                write_report(self.folder, self.trainer, self.before, after, self.history, self.class_names)
+                if mistakes is not None:
+                    self._write_page(network, after, mistakes.worst)
             rows = [(name, when, m[name]) for name in after for when, m in (("before", self.before), ("after", after))]
             self.say(metrics_table({f"{name} {when}": metrics for name, when, metrics in rows}))
             self.say(f"best network of update {self.trainer.progress.best_update}: {self.folder / 'best'}")
@@ -217,8 +219,12 @@ class Keeper:
             progress.stopped = progress.stale >= (self.trainer.recipe.train.early_stop or float("inf"))
         self.accelerator.log({key: value for key, value in record.items() if value is not None}, step=progress.update)
         if self.accelerator.is_main_process:
-            append_line(self.folder / METRICS, record)
+            with in_words(f"{self.folder / METRICS}"):
+                append_line(self.folder / METRICS, record)
             self.say(_line(record, better))
+            if progress.skipped > self.told_skipped:
+                self.say(f"skipped {progress.skipped - self.told_skipped} updates: loss or gradient was not finite")
+            self.told_skipped = progress.skipped
         if better:
             self._export(network)
 
@@ -255,11 +261,25 @@ class Keeper:
 
     def _resume(self, state: Path) -> None:
         self._check_data(state)
+        saved = load_state(state, self.trainer.networks())
+        try:
+            self._take_over(saved)
+        except BnFinetuneError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"{state} cannot be resumed: it is no state of such a run ({error!r})") from error
+        progress = self.trainer.progress
+        if self.accelerator.is_main_process:
+            lines = (json.dumps(record) + "\n" for record in self.history)
+            write_text(self.folder / METRICS, "".join(lines))
+        self.say(f"resume  after update {progress.update} of {self.trainer.updates}, from {state}")
+
+    def _take_over(self, saved: dict[str, Any]) -> None:
+        """Go back to what was saved beside the weights."""
         trainer, device = self.trainer, self.accelerator.device
-        saved = load_state(state, trainer.networks())
         trainer.load_state(saved)
         progress = trainer.progress
-        self.saved_update = progress.update
+        self.saved_update, self.told_skipped = progress.update, progress.skipped
         self.history[:] = saved["history"]
         self.statistics = {**saved["source"], "fingerprint": self.statistics["fingerprint"]}
         self.before = {name: Metrics(**values) for name, values in saved["before"].items()}
@@ -272,10 +292,6 @@ class Keeper:
             set_seed(derive_seed(trainer.recipe.run.seed, progress.update) % 2**31, device_specific=True)
         if self.run.altered:
             progress.best = None  # the best network on disk may be one that this run will not come by
-        if self.accelerator.is_main_process:
-            lines = (json.dumps(record) + "\n" for record in self.history)
-            write_text(self.folder / METRICS, "".join(lines))
-        self.say(f"resume  after update {progress.update} of {trainer.updates}, from {state}")
 
     def _check_data(self, state: Path) -> None:
         """Refuse images that are not those of the saved run."""

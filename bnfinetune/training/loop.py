@@ -32,7 +32,7 @@ from bnfinetune.training.evaluate import input_format
 from bnfinetune.training.feed import domains_of, evaluated_domain
 from bnfinetune.training.folding import Folding
 from bnfinetune.training.gradients import Batch, Gradients, refuse_batch_statistics
-from bnfinetune.training.guard import StepGuard, gradient_size
+from bnfinetune.training.guard import StepGuard, gradient_norm
 from bnfinetune.training.optim import build_optimizer, build_schedule
 from bnfinetune.training.phases import Phase, planned_phases
 from bnfinetune.training.recalibrate import recalibrate
@@ -321,7 +321,7 @@ class Trainer:
         norm = None if limit is None else self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         if self.accelerator.scaler is not None:
             return None
-        return gradient_size(self.model.parameters()) if norm is None else norm
+        return gradient_norm(self.model.parameters()) if norm is None else norm
 
     def _on_device(self, batch: Batch, number: int) -> Batch:
         """A micro-batch on the device, mixed as its place in the epoch asks."""

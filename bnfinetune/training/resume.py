@@ -155,8 +155,8 @@ def create_run(folder: RunFolder, recipe_text: str, environment: dict[str, Any],
         if not folder.again:
             choose_folder(str(folder.path), "")  # another run may have come first
         (folder.path / METRICS).unlink(missing_ok=True)
+        write_text(folder.path / RECIPE, recipe_text)  # first: a folder with a recipe is known for a run
         write_text(folder.path / "environment.json", json.dumps(environment, indent=2) + "\n")
-        write_text(folder.path / RECIPE, recipe_text)
     except CheckpointError:
         raise
     except OSError as error:

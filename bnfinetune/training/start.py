@@ -34,6 +34,7 @@ _LOST = re.compile(
     r"Connection (closed|reset) by peer|Connection refused|Broken pipe|"
     r"Timed out waiting|timed out after|Application timeout|Socket Timeout"
 )
+_LAUNCHERS = "start several processes by torchrun or accelerate launch"
 T = TypeVar("T")
 
 
@@ -50,6 +51,7 @@ def start_accelerator(
     Raises:
         RecipeError: The launcher asks for FSDP or DeepSpeed, or the device cannot compute in this precision.
     """
+    _check_environment()
     # Accelerate keeps its settings for the life of the process; a second run in it may want other ones
     AcceleratorState._reset_state()
     try:
@@ -68,6 +70,17 @@ def start_accelerator(
             f"the launcher asks for {kind}, but {reason}: launch plain data-parallel processes (--multi_gpu)"
         )
     return accelerator
+
+
+def _check_environment() -> None:
+    """Make sure that what launchers leave in the environment is whole."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise RecipeError(f"the environment says {name}={os.environ[name]}, which is no number; {_LAUNCHERS}")
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    for name in ("RANK", "MASTER_ADDR"):
+        if int(ranks) > 1 and name not in os.environ:
+            raise RecipeError(f"the environment says WORLD_SIZE={ranks} without {name}; {_LAUNCHERS}")
 
 
 def seed_ranks(run: Run, *, same_on_all: bool) -> None:

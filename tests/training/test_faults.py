@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,10 +15,12 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from bnfinetune.cli import main
 from bnfinetune.errors import CheckpointError
 from bnfinetune.training import checkpoint
 from bnfinetune.training.checkpoint import StateStore, load_state
 from bnfinetune.training.folder import complete_folder, write_folder
+from tests.training.support import write_images
 
 # All that the writing of a state asks of the system; torch and safetensors write their files by themselves.
 CALLS = [
@@ -219,6 +222,28 @@ def test_a_damaged_newest_state_is_passed_over_and_named(tmp_path, damage, file)
     assert len(passed) == 1
     assert "update-00000002 is damaged" in passed[0]
     assert_newest_is_one_of(store, {1})
+
+
+def train_with_small_files(words, limit):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.exit(main(words))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("limit", "what"), [(20_000, "the best network, "), (2_000_000, "the state ")], ids=str
+)
+def test_a_run_that_cannot_write_ends_in_one_line(limit, what, ranks, nursery, tmp_path):
+    source = write_images(tmp_path / "images")
+    words = ["recipe=full", "model.name=test_resnet", "model.pretrained=false", f"data.source={source}",
+             "data.image_size=32", "data.workers=0", "train.batch_size=3", f"run.dir={tmp_path / 'run'}"]  # fmt: skip
+    codes = nursery.run(train_with_small_files, words, limit, ranks=ranks, kill_others=False)
+    assert codes == [2] * ranks, nursery.said()
+    said = [line for line in nursery.said().splitlines() if line.startswith("bnfinetune: error: ")]
+    assert said[0].startswith(f"bnfinetune: error: {what}")
+    assert "File too large" in said[0]
+    assert "Traceback" not in nursery.said()
 
 
 def test_save_file_is_what_writes_weights():

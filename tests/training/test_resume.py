@@ -89,10 +89,12 @@ def test_other_images_are_refused_unless_allowed(begun, images):
     finetune("full", **begun, **{"train.resume_allow": ["data.source"]})
 
 
-@pytest.mark.parametrize("phase", ["step", "evaluation", "saving"])
-def test_a_run_killed_before_its_first_state_begins_anew(phase, nursery, images, tmp_path):
+@pytest.mark.parametrize(
+    "kill", [Kill("step", 20), Kill("evaluation", 2), Kill("saving", 2)], ids=lambda kill: kill.phase
+)
+def test_a_run_killed_before_its_first_state_begins_anew(kill, nursery, images, tmp_path):
     options = {**OPTIONS, "data.source": images, "data.workers": 0, "train.epochs": 1, "run.dir": tmp_path / "run"}
-    assert nursery.run(train_until, Kill(phase, 2), options) == [-signal.SIGKILL]
+    assert nursery.run(train_until, kill, options) == [-signal.SIGKILL]
     assert not list(tmp_path.glob("run/checkpoints/update-*"))
     assert nursery.run(train_until, None, {**options, "train.resume": "auto"}) == [0], nursery.said()
     assert "begins anew" in nursery.said()
@@ -113,7 +115,7 @@ def test_other_ranks_go_on_with_the_same_global_batch(nursery, images, tmp_path)
     assert nursery.run(train_for, options | two, 3, ranks=2) == [0, 0], nursery.said()
     options["train.resume"] = "auto"
     with pytest.raises(CheckpointError, match=r"by 2 processes with 12 images per update, and this is 1 with 6; keep"):
-        finetune("full", **options, **{"train.batch_size": 3, "train.grad_accum": 2})
+        finetune("full", **options | two)
     seen = []
 
     def note(self, group):
@@ -123,7 +125,7 @@ def test_other_ranks_go_on_with_the_same_global_batch(nursery, images, tmp_path)
     update = Trainer._update
     Trainer._update = note
     try:
-        result = finetune("full", **options, **{"train.batch_size": 4, "train.grad_accum": 3})
+        result = finetune("full", **options | {"train.batch_size": 4, "train.grad_accum": 3})
     finally:
         Trainer._update = update
     assert seen == [(1, 3, 12), (2, 0, 12), (2, 3, 12)]  # batches of 4: the second half of the second epoch, the third
