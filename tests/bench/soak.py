@@ -1,0 +1,85 @@
+"""Memory and open files of a long run: thousands of updates with re-estimation, evaluations and saved states.
+
+    python -m tests.bench soak [--steps 4000] [--workers 0]
+
+Fine-tunes the embedded network on the embedded digits as recipe `full` does, with an averaged copy, and reads the
+resident memory and the open files of the process and of its loader processes at each evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from bnfinetune.training.keeper import Keeper
+from bnfinetune.training.run import finetune
+
+
+class Reading(NamedTuple):
+    """What the system holds for the run after an update: MiB of resident memory, open files, seconds since begin."""
+
+    update: int
+    memory: float
+    files: int
+    seconds: float
+
+
+def read(update: int, begin: float) -> Reading:
+    """Read this process and its children."""
+    own = os.getpid()
+    children = Path(f"/proc/{own}/task/{own}/children").read_text().split()
+    memory = files = 0
+    for process in (own, *map(int, children)):
+        memory += int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+        files += len(os.listdir(f"/proc/{process}/fd"))
+    return Reading(update, memory / 2**20, files, time.monotonic() - begin)
+
+
+def soak(steps: int, workers: int, readings: int = 20) -> list[Reading]:
+    """Run `steps` updates and read at every evaluation, of which there are `readings`."""
+    found: list[Reading] = []
+    pause, begin = Keeper.pause, time.monotonic()
+
+    def measured_pause(self: Keeper, *, evaluate: bool) -> None:
+        pause(self, evaluate=evaluate)
+        if evaluate:
+            found.append(read(self.trainer.progress.update, begin))
+
+    Keeper.pause = measured_pause  # type: ignore[method-assign]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            options = {
+                "run.dir": f"{folder}/run",
+                "train.steps": steps,
+                "train.ema": 0.99,
+                "data.workers": workers,
+                "evaluate.every_steps": max(steps // readings, 1),
+                "checkpoint.every_steps": max(steps // (4 * readings), 1),
+                "recalibrate.at": ["eval"],
+                "recalibrate.samples": 256,
+            }
+            finetune("full", **options)
+    finally:
+        Keeper.pause = pause  # type: ignore[method-assign]
+    return found
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the readings, and the growth of memory over the second half by least squares."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench soak")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--workers", type=int, default=0)
+    options = parser.parse_args(arguments)
+    found = soak(options.steps, options.workers)
+    print("updates   resident MiB   open files   seconds")
+    for reading in found[:: max(len(found) // 10, 1)]:
+        print(f"{reading.update:7}   {reading.memory:12.1f}   {reading.files:10}   {reading.seconds:7.1f}")
+    later = found[len(found) // 2 :]
+    slope = statistics.linear_regression([r.update for r in later], [r.memory for r in later]).slope
+    print(f"second half: {1000 * slope:+.2f} MiB per 1000 updates, open files {later[0].files} to {later[-1].files}")
