@@ -17,6 +17,7 @@ from bnfinetune.errors import BnFinetuneError, CheckpointError
 
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
+UNREADABLE = "unreadable.txt"
 
 
 def choose_folder(directory: str | None, name: str) -> Path:

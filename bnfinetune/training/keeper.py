@@ -30,7 +30,7 @@ from bnfinetune.training.checkpoint import (
 from bnfinetune.training.data.seeding import derive_seed
 from bnfinetune.training.drift import drift_meter
 from bnfinetune.training.evaluate import adapted, measure
-from bnfinetune.training.folder import METRICS, append_line, complete_folder, in_words, write_text
+from bnfinetune.training.folder import METRICS, UNREADABLE, append_line, complete_folder, in_words, write_text
 from bnfinetune.training.lock import RunLock
 from bnfinetune.training.loop import Trainer
 from bnfinetune.training.memory import enough_memory
@@ -58,6 +58,7 @@ class Keeper:
     statistics: dict[str, Any]  # where the running statistics come from
     say: Callable[..., None]
     lock: RunLock
+    unreadable: dict[str, None]  # images left out so far by data.on_error=skip, with the reason
     history: list[dict[str, Any]] = field(default_factory=list)  # one record per evaluation
     before: dict[str, Metrics] = field(default_factory=dict)
     saved_update: int | None = None  # of the newest state
@@ -67,7 +68,7 @@ class Keeper:
         self.folder = self.run.path
         self.accelerator = self.trainer.accelerator
         self.store = StateStore(self.folder, keep=self.trainer.recipe.checkpoint.keep)
-        loaders = self.trainer.loaders
+        self.loaders = loaders = self.trainer.loaders
         self.splits = {"validation": loaders.val} | ({} if loaders.test is None else {"test": loaders.test})
 
     def begin(self, headline: list[str], findings: Findings) -> dict[str, Metrics]:
@@ -132,6 +133,7 @@ class Keeper:
             self._export(network)
         mistakes = Mistakes() if self.trainer.recipe.run.report else None
         after = self._measure_all(network, mistakes, adapt=True)
+        self._list_unreadable()
         if self.accelerator.is_main_process:
             with in_words(f"the report in {self.folder}"):
                 write_report(self.folder, self.trainer, self.before, after, self.history, self.class_names)
@@ -139,6 +141,8 @@ class Keeper:
                     self._write_page(network, after, mistakes.worst)
             rows = [(name, when, m[name]) for name in after for when, m in (("before", self.before), ("after", after))]
             self.say(metrics_table({f"{name} {when}": metrics for name, when, metrics in rows}))
+            if self.unreadable:
+                self.say(f"{len(self.unreadable)} unreadable images were left out: {self.folder / UNREADABLE}")
             self.say(f"best network of update {self.trainer.progress.best_update}: {self.folder / 'best'}")
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -225,8 +229,20 @@ class Keeper:
             if progress.skipped > self.told_skipped:
                 self.say(f"skipped {progress.skipped - self.told_skipped} updates: loss or gradient was not finite")
             self.told_skipped = progress.skipped
+        self._list_unreadable()
         if better:
             self._export(network)
+
+    def _list_unreadable(self) -> None:
+        """Write down the images that were left out, over all ranks and starts of the run."""
+        if self.trainer.recipe.data.on_error != "skip":
+            return
+        known = len(self.unreadable)
+        self.unreadable.update(dict.fromkeys(gather_object(self.loaders.skipped)))
+        path = self.folder / UNREADABLE
+        if self.accelerator.is_main_process and self.unreadable and (len(self.unreadable) > known or not path.exists()):
+            with in_words(str(path)):
+                write_text(path, "".join(f"{line}\n" for line in self.unreadable))
 
     def _save_state(self) -> None:
         """Save everything that going on needs; each rank contributes its random state and its own statistics."""
@@ -272,6 +288,8 @@ class Keeper:
         if self.accelerator.is_main_process:
             lines = (json.dumps(record) + "\n" for record in self.history)
             write_text(self.folder / METRICS, "".join(lines))
+        if (listed := self.folder / UNREADABLE).is_file():
+            self.unreadable = dict.fromkeys(listed.read_text(encoding="utf-8").splitlines()) | self.unreadable
         self.say(f"resume  after update {progress.update} of {self.trainer.updates}, from {state}")
 
     def _take_over(self, saved: dict[str, Any]) -> None:

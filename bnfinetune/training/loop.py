@@ -7,7 +7,7 @@ import inspect
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, Protocol
@@ -223,7 +223,7 @@ class Trainer:
     def _leave(self, pause: Pause) -> None:
         """Save on the way out of an error, if the state is whole; one rank alone of several cannot."""
         if self.settled and self.accelerator.num_processes == 1:
-            with self.folding.paused():
+            with self.folding.paused(), suppress(CheckpointError):  # what came first is what is told
                 pause(evaluate=False)
             if self.requests.pending.end_by:  # the signal went to the loader's processes too, and ended them
                 end_by(self.requests.pending.end_by)
@@ -285,8 +285,12 @@ class Trainer:
         self.settled = False
         self.guard.begin()
         loss = self.gradients.compute(self.forward, group, self._on_device, self._loss)
-        value, good, self.asked = self.guard.judge(loss, self._clipped(), self.requests.pending)
+        scaled = self.accelerator.scaler is not None  # which looks at the gradient itself
+        norm = None if scaled else self._clip()
+        value, good, self.asked = self.guard.judge(loss, norm, self.requests.pending)
         if good:
+            if scaled and self.recipe.optim.clip_grad is not None:
+                self._clip()  # unscales, and a step must follow that
             self.stepper.step()
             good = not self.stepper.step_was_skipped
         self.stepper.zero_grad()
@@ -315,13 +319,13 @@ class Trainer:
             if self.ema is not None:
                 self.ema.update(self.model, step=progress.update)
 
-    def _clipped(self) -> Tensor | None:
-        """The size of the gradient, after which it is clipped; None where the scaler of mixed precision looks at it."""
+    def _clip(self) -> Tensor:
+        """The norm of the gradient, after which it is clipped."""
         limit = self.recipe.optim.clip_grad
-        norm = None if limit is None else self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        if self.accelerator.scaler is not None:
-            return None
-        return gradient_norm(self.model.parameters()) if norm is None else norm
+        if limit is None:
+            return gradient_norm(self.model.parameters())
+        norm: Tensor = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        return norm
 
     def _on_device(self, batch: Batch, number: int) -> Batch:
         """A micro-batch on the device, mixed as its place in the epoch asks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def _choose(recipe: Recipe, ranks: int, lock: RunLock) -> RunFolder:
     state, damaged = StateStore(folder, keep=1).newest()
     if state is None and not damaged:
         if _began(folder):
-            _same_recipe(folder, recipe, global_batches=(1, 1))
+            _same_recipe(folder, recipe, same_batch=False)
             return RunFolder(folder, notes=(f"no state was saved in {folder} yet: the run begins anew",), again=True)
         if resume == "auto":
             return RunFolder(choose_folder(recipe.run.dir, recipe.name))
@@ -88,23 +89,24 @@ def _began(folder: Path) -> bool:
 
 def _continued(folder: Path, state: Path, damaged: list[str], recipe: Recipe, ranks: int) -> RunFolder:
     about = describe_state(state)
-    before = about["ranks"] * about["batch_size"] * about["grad_accum"]
-    now = ranks * recipe.train.batch_size * recipe.train.grad_accum
-    if ranks != about["ranks"] and before != now:
+    then = (about["ranks"], about["batch_size"], about["grad_accum"])
+    now = (ranks, recipe.train.batch_size, recipe.train.grad_accum)
+    if ranks != about["ranks"] and prod(then) != prod(now):
         raise CheckpointError(
-            f"train.resume: {state} was saved by {about['ranks']} processes with {before} images per update, and this "
-            f"is {ranks} with {now}; keep processes x train.batch_size x train.grad_accum at {before}"
+            f"train.resume: {state} was saved by {about['ranks']} processes with {prod(then)} images per update, and "
+            f"this is {ranks} with {prod(now)}; keep processes x train.batch_size x train.grad_accum at {prod(then)}"
         )
-    differing = _same_recipe(state, recipe, (before, now))
+    differing = _same_recipe(state, recipe, same_batch=prod(then) == prod(now))
     notes = [f"warning: {line}; going on from {state.name}" for line in damaged]
     if differing:
         notes.append(f"train.resume_allow: {', '.join(differing)} differ from those of the saved run")
-    if ranks != about["ranks"]:
+    if then != now and prod(then) == prod(now):
+        old, new = (" x ".join(map(str, numbers)) for numbers in (then, now))
         notes.append(
-            f"going on with {ranks} processes instead of {about['ranks']} at the same {now} images per update: "
-            "BN that normalises by batch statistics, mixup and dropout draw on other batches from here on"
+            f"going on with {new} instead of {old} (processes x train.batch_size x train.grad_accum), the same "
+            f"{prod(now)} images per update: batch statistics, mixup and dropout see other batches from here on"
         )
-    return RunFolder(folder, state, tuple(notes), altered=bool(differing) or ranks != about["ranks"])
+    return RunFolder(folder, state, tuple(notes), altered=bool(differing) or then != now)
 
 
 def _check_allowed(recipe: Recipe) -> None:
@@ -114,8 +116,8 @@ def _check_allowed(recipe: Recipe) -> None:
             raise RecipeError(f"train.resume_allow: {key}: no such key{f'; did you mean {near}?' if near else ''}")
 
 
-def _same_recipe(saved: Path, recipe: Recipe, global_batches: tuple[int, int]) -> list[str]:
-    """The keys that differ and may; the keys of a batch may where the global batch is the same.
+def _same_recipe(saved: Path, recipe: Recipe, *, same_batch: bool) -> list[str]:
+    """The keys that differ and may; the keys of a batch may, unnamed, where the global batch is the same.
 
     Raises:
         CheckpointError: Others differ.
@@ -123,7 +125,7 @@ def _same_recipe(saved: Path, recipe: Recipe, global_batches: tuple[int, int]) -
     differing = {
         key: pair
         for key, pair in diff_recipes(load_recipe(str(saved / RECIPE)), recipe).items()
-        if key not in _FREE_KEYS and not (key in _BATCH_KEYS and global_batches[0] == global_batches[1])
+        if key not in _FREE_KEYS and not (key in _BATCH_KEYS and same_batch)
     }
     allowed = [key for key in differing if any(_covers(name, key) for name in recipe.train.resume_allow)]
     refused = {key: pair for key, pair in differing.items() if key not in allowed}

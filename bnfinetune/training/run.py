@@ -98,7 +98,10 @@ def _train(recipe: Recipe, accelerator: Accelerator, lock: RunLock) -> RunResult
 
     seed_ranks(recipe.run, same_on_all=False)
     source = {"computed": "as stored and trained", "source": recipe.data.source, "fingerprint": splits.fingerprint()}
-    keeper = Keeper(trainer, folder, dump_recipe(recipe), splits.class_names, data_config, source, say, lock)
+    unreadable = dict.fromkeys(splits.skipped)
+    keeper = Keeper(
+        trainer, folder, dump_recipe(recipe), splits.class_names, data_config, source, say, lock, unreadable
+    )
     with closing(loaders):
         found = judge(trainer)
         before = keeper.begin([*headline(trainer, splits, dropped), *told(found)], found)

@@ -23,15 +23,15 @@ def train(options):
     finetune("full", **options)
 
 
-def train_with_signal(options, number, update, victim):
-    """Train; in the midst of an update one rank sends itself a signal."""
+def train_with_signal(options, number, update, victim, *, group=False):
+    """Train; in the midst of an update one rank sends itself a signal, or the loader's processes too."""
     compute = loop.Gradients.compute
     calls = []
 
     def interrupted(self, *args):
         calls.append(1)
         if len(calls) == update and int(os.environ.get("RANK", "0")) == victim:
-            os.kill(os.getpid(), number)
+            os.killpg(0, number) if group else os.kill(os.getpid(), number)
         return compute(self, *args)
 
     loop.Gradients.compute = interrupted
@@ -90,6 +90,22 @@ def test_a_request_to_save_saves_and_the_run_goes_on_as_if_nothing_had_been(runs
     assert saved(tmp_path / "run") == [3, 5, 6, 9, 12]
     del options["checkpoint.keep"]
     assert_same(tmp_path)
+
+
+def train_with_group_signal(options, number):
+    train_with_signal(options, number, 2, 0, group=True)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "states"),
+    [(signal.SIGUSR1, 0, [2, 3]), (signal.SIGINT, 1, [2]), (signal.SIGTERM, 143, [2])],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_a_signal_to_a_whole_group_of_processes_does_the_same(number, code, states, nursery, images, tmp_path):
+    options = {**OPTIONS, "data.source": images, "data.workers": 2, "train.epochs": 1, "run.dir": tmp_path / "run"}
+    del options["checkpoint.every_steps"]
+    assert nursery.run(train_with_group_signal, options | {"train.batch_size": 4}, number) == [code], nursery.said()
+    assert saved(tmp_path / "run") == states
 
 
 def test_saves_by_the_clock_of_the_first_rank_change_nothing(runs, nursery, tmp_path):

@@ -177,6 +177,29 @@ def test_a_lock_that_is_released_while_another_waits_for_its_file(tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_left_out_are_listed_over_all_starts(workers, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bnfinetune.training.data.splits.unreadable_images", lambda *_: {})  # as in a set too large
+    for name in ("red/1", "blue/2"):
+        (images / f"train/{name}.png").write_bytes(b"")
+    options = settings(
+        images, tmp_path / "run", **{"data.on_error": "skip", "data.workers": workers, "train.epochs": 1}
+    )
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        finetune("full", **options, **{"checkpoint.every_steps": 1, "evaluate.every_steps": 1})
+    path = tmp_path / "run/unreadable.txt"
+    first = path.read_text().splitlines() if path.exists() else []
+    capsys.readouterr()
+    more = {"checkpoint.every_steps": 1, "evaluate.every_steps": 1, "train.resume": "auto"}
+    finetune("full", **options, **more)
+    listed = path.read_text().splitlines()
+    assert listed[: len(first)] == first
+    assert [line for line in listed if "red/1.png" in line or "blue/2.png" in line] == listed
+    assert len(listed) == 2
+    assert f"2 unreadable images were left out: {path}" in capsys.readouterr().out
+
+
 def test_the_state_says_what_it_is(begun, tmp_path):
     state = json.loads((tmp_path / "run/checkpoints/update-00000002/state.json").read_text())
     fingerprint = state.pop("fingerprint")

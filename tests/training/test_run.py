@@ -117,6 +117,7 @@ VARIANTS = {
     "averaged": {"train.ema": 0.9, "evaluate.every_steps": 2},
     "mixed": {"data.augment.mixup": 0.4, "data.augment.cutmix": 0.5, "data.augment.auto_augment": "rand-m5"},
     "dropout": {"model.kwargs": {"drop_rate": 0.5}, "train.label_smoothing": 0.1},
+    "streamed": {"data.streaming": True, "data.shuffle_buffer": 5, "train.steps": 9, "evaluate.every_steps": 3},
 }
 
 

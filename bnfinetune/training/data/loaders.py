@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -52,6 +53,7 @@ class ImageLoader(DataLoader[Any]):
             pin_memory=pin_memory,
             persistent_workers=persistent and workers > 0,
             generator=torch.Generator(),
+            worker_init_fn=_leave_signals,
         )
         self.skipped: dict[str, None] = {}
         self._running: _BaseDataLoaderIter | None = None
@@ -334,6 +336,12 @@ def default_workers(data: Data, world_size: int) -> int:
 def _cores() -> int:
     """Cores that this process may use, as far as the system tells."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _leave_signals(worker: int) -> None:
+    """Ctrl-C and SIGUSR1 may reach a whole group of processes: the one that trains answers them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Batch | Failure) -> Batch | Failure:
