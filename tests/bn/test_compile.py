@@ -88,6 +88,7 @@ def test_switches_work_through_a_compiled_model():
 
 
 @pytest.mark.slow
+@pytest.mark.inductor
 @pytest.mark.parametrize("policy", TRAIN)
 @pytest.mark.parametrize("name", BACKBONES)
 def test_inductor_trains_backbones_alike(name, policy):
@@ -103,6 +104,7 @@ def test_inductor_trains_backbones_alike(name, policy):
 
 
 @pytest.mark.slow
+@pytest.mark.inductor
 @pytest.mark.parametrize("policy", EVAL)
 @pytest.mark.parametrize("name", BACKBONES)
 def test_backbones_export_and_compile_for_evaluation(name, policy):

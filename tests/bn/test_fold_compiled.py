@@ -76,6 +76,7 @@ def test_exported_models_hold_the_unfolded_parameters():
 
 
 @pytest.mark.slow
+@pytest.mark.inductor
 @pytest.mark.parametrize("name", [*BACKBONES, "tf_efficientnet_b0"])
 def test_backbones_compiled_by_inductor_equal_eval_mode_bn(name):
     torch._dynamo.reset()

@@ -1,5 +1,6 @@
 """BatchNorm within a run: schedules, re-estimated statistics, domains, recomputation."""
 
+import itertools
 import json
 import os
 
@@ -144,6 +145,24 @@ def test_recalibrating_recipes_change_statistics_as_they_say(recipe, images, tmp
     if recipe == "precise_then_freeze":
         one, last = states(tmp_path / "run").values()
         assert all(torch.equal(one[key], last[key]) for key in keys["statistics"])
+
+
+def test_statistics_come_from_the_images_and_preprocessing_asked_for(images, tmp_path):
+    start = write_weights(tmp_path / "start.safetensors", "test_resnet")
+    ends = {}
+    for case in ("train eval", "train train", "target eval"):
+        data, preprocessing = case.split()
+        asked = {"at": ["end"], "data": data, "preprocessing": preprocessing}
+        options = {"model.checkpoint": tmp_path / "start.safetensors", "train.steps": 0, "recalibrate": asked}
+        bnf.finetune("full", **settings(images, tmp_path / case, **options))
+        ends[case] = exported(tmp_path / case / "best")
+        assert json.loads((tmp_path / case / "best/statistics.json").read_text())["images"] == {"train": 18}.get(
+            data, 9
+        )
+    keys = bn_keys("test_resnet")
+    for one, other in itertools.combinations([start, *ends.values()], 2):
+        assert any(not torch.equal(one[key], other[key]) for key in keys["statistics"])
+        assert all(torch.equal(one[key], other[key]) for key in keys["other"] | keys["affine"])
 
 
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
