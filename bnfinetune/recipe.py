@@ -150,6 +150,11 @@ class Data(Section):
     max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = Field(
         default=89_478_485, description="largest width times height of an image file; larger ones are unreadable"
     )
+    fast_decode: bool = Field(
+        default=True,
+        description="decode JPEGs for training at 1/2, 1/4 or 1/8 of their size where no random crop is then smaller "
+        "than the model's input; evaluation reads every pixel",
+    )
     augment: Augment = Field(default_factory=Augment)
 
 
@@ -207,6 +212,11 @@ class BN(Section):
         default="auto",
         description="auto: in training, layers with fixed statistics are computed by the convolutions before them, "
         "which saves time and memory",
+    )
+    parameterisation: Literal["separate", "absorbed"] = Field(
+        default="separate",
+        description="absorbed: move the scale of layers with fixed statistics into the convolutions before them, which "
+        "learn from there; the same function, another optimisation",
     )
     freeze_after: Rate | None = Field(
         default=None,

@@ -29,6 +29,7 @@ from bnfinetune.bn.switches import switches_of
 from bnfinetune.recipe import Augment
 from bnfinetune.training.data.loaders import EvalLoader, ImageLoader, TrainLoader
 from bnfinetune.training.data.sampling import Pick
+from bnfinetune.training.data.sources import DEMOS
 from bnfinetune.training.evaluate import input_format
 from bnfinetune.training.loop import Trainer
 from bnfinetune.training.optim import head_parameters
@@ -52,13 +53,19 @@ def obstacle(trainer: Trainer) -> str | None:
         "BN statistics move": not fixed or bool(trainer.phases) or "eval" in recipe.recalibrate.at,
         "mixup and cutmix mix images": bool(augment.mixup or augment.cutmix),
         "images are augmented, and train.cache_views does not say how often": recipe.train.cache_views is None
-        and augment.model_copy(update={"mix_prob": _PLAIN.mix_prob}) != _PLAIN,
+        and not _is_plain(augment, recipe.data.source),
         "images have domains": loaders.train.emits_domains,
         "images come as a stream": any(
             cast(Any, loader.dataset).split is None for loader in (loaders.train, loaders.val)
         ),
     }
     return next((reason for reason, holds in checks.items() if holds), None)
+
+
+def _is_plain(augment: Augment, source: str) -> bool:
+    """Whether an image is the same in every epoch."""
+    flip = 0.0 if augment.hflip is None and source in DEMOS else augment.hflip
+    return augment.model_copy(update={"hflip": flip, "mix_prob": _PLAIN.mix_prob}) == _PLAIN
 
 
 @contextmanager
@@ -254,7 +261,8 @@ def _key(trainer: Trainer, views: int, fingerprint: str) -> str:
     stated = [
         *(views, fingerprint, recipe.train.mixed_precision, recipe.model.name, recipe.model.kwargs),
         *(recipe.data.augment.model_dump(), reader.seed, repr(transform.geometry), transform.mode),
-        *(transform.mean.tolist(), transform.std.tolist(), recipe.data.on_error, recipe.data.max_pixels),
+        *(transform.shortest, transform.mean.tolist(), transform.std.tolist()),
+        *(recipe.data.on_error, recipe.data.max_pixels),
     ]
     digest.update(repr(stated).encode())
     for name, tensor in sorted(frozen.items()):

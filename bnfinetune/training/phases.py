@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from bnfinetune.bn.absorb import absorb_bn
 from bnfinetune.bn.policy import BNPolicy, apply_policy, auto_momentum, unfreeze_bn
-from bnfinetune.errors import RecipeError
+from bnfinetune.errors import PolicyError, RecipeError
 from bnfinetune.recipe import BN, Recipe
+from bnfinetune.training.backbone import input_config
 
-_NO_POLICY = {"freeze_after", "unfreeze_after", "fold"}  # what other code reads
+_MOMENTS = ("freeze_after", "unfreeze_after")
+_NO_POLICY = {*_MOMENTS, "fold", "parameterisation"}  # what other code reads
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,22 @@ def apply_recipe_policies(model: nn.Module, recipe: Recipe, batches_per_epoch: i
     elif recipe.model.grad_checkpointing or recipe.train.mixed_precision == "fp16":
         # recomputation must not update the statistics twice, nor an overflow enter them: plain BN does not know
         apply_policy(model, BNPolicy())
+    if any(section.parameterisation == "absorbed" for section in sections_of(recipe)):
+        _absorb(model, recipe)
+
+
+def _absorb(model: nn.Module, recipe: Recipe) -> None:
+    wants = [f"bn.{key}" for section in sections_of(recipe) for key in _MOMENTS if getattr(section, key) is not None]
+    wants += ["recalibrate.at"] if recipe.recalibrate.at else []
+    if wants:
+        raise RecipeError(f"bn.parameterisation=absorbed leaves no statistics to change later: unset {wants[0]}")
+    try:
+        absorb_bn(model, torch.zeros(1, *input_config(model, recipe.data.image_size)["input_size"]))
+    except PolicyError as error:
+        raise RecipeError(
+            f"bn.parameterisation=absorbed needs fixed statistics: set bn.train_stats=running, bn.update_stats=none "
+            f"({error})"
+        ) from error
 
 
 def planned_phases(recipe: Recipe, updates: int, updates_per_epoch: int | None) -> list[Phase]:
@@ -67,7 +87,7 @@ def planned_phases(recipe: Recipe, updates: int, updates_per_epoch: int | None) 
     phases = [
         Phase(_moment(key, value, updates, updates_per_epoch), key == "freeze_after", section)
         for section in sections_of(recipe)
-        for key in ("freeze_after", "unfreeze_after")
+        for key in _MOMENTS
         if (value := getattr(section, key)) is not None
     ]
     return sorted(phases, key=lambda phase: phase.update)

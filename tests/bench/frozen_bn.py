@@ -82,8 +82,6 @@ VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "timm freeze (affine frozen)": freeze_batch_norm_2d,
     "torchvision (affine frozen)": torchvision_frozen,
     "mmengine": mmengine_folded,
-    "policy, not folded": lambda model: freeze_bn(model, affine=False),
-    "policy, not folded, affine frozen": freeze_bn,
     "folded": lambda model: fold_bn(freeze_bn(model, affine=False)),
     "folded, affine frozen": lambda model: fold_bn(freeze_bn(model)),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 FOLDER = Path(__file__).parents[2] / "docs" / "benchmarks"
 _PACKAGES = ("torch", "torchvision", "timm", "mmengine", "fvcore", "accelerate")
@@ -28,9 +30,11 @@ def record(bench: str, key: str, figures: dict[str, Any], packages: Sequence[str
     """
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{bench}.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    known[key] = {**figures, "machine": machine(), "versions": _versions(packages), "date": time.strftime("%Y-%m-%d")}
-    path.write_text(json.dumps(known, indent=1) + "\n")
+    setting = {"machine": machine(), "versions": _versions(packages), "date": time.strftime("%Y-%m-%d")}
+    with FileLock(Path(tempfile.gettempdir()) / f"bnfinetune-bench-{bench}.lock"):
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        known[key] = {**figures, **setting}
+        path.write_text(json.dumps(known, indent=1) + "\n")
     return path
 
 

@@ -1,6 +1,7 @@
 """Runs train folded where statistics are fixed, pause unfolded, and learn what they would learn unfolded."""
 
 import pytest
+import timm
 import torch
 from accelerate import Accelerator
 from torch.utils._pytree import tree_structure
@@ -8,6 +9,7 @@ from torch.utils._pytree import tree_structure
 import bnfinetune as bnf
 from bnfinetune.bn.fold import fold_report
 from bnfinetune.bn.layers import find_bn_layers
+from bnfinetune.errors import RecipeError
 from bnfinetune.training.keeper import Keeper
 from bnfinetune.training.loop import Trainer
 from tests.training.support import write_images, write_weights
@@ -132,3 +134,28 @@ def nodes(root) -> int:
             seen.add(node)
             left += [following for following, _ in node.next_functions]
     return len(seen)
+
+
+def test_an_absorbed_run_starts_from_the_same_function(images, tmp_path):
+    options = start_of("resnet18", tmp_path) | {"train.epochs": 1, "bn.parameterisation": "absorbed", **QUIET}
+    plain = {**options, "bn.parameterisation": "separate"}
+    absorbed = bnf.finetune("freeze_bn", **settings(images, tmp_path / "absorbed", **options))
+    separate = bnf.finetune("freeze_bn", **settings(images, tmp_path / "separate", **plain))
+    assert absorbed.before["validation"].loss == pytest.approx(separate.before["validation"].loss, rel=1e-4)
+    assert absorbed.after["validation"].loss != pytest.approx(separate.after["validation"].loss, rel=1e-4)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'absorbed' / 'best'}", pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(x), absorbed.model.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recalibrate.at": ["end"]}, r"leaves no statistics to change later: unset recalibrate\.at"),
+        ({"bn.freeze_after": 1}, r"leaves no statistics to change later: unset bn\.freeze_after"),
+        ({"bn.train_stats": "batch"}, r"needs fixed statistics: set bn\.train_stats=running"),
+    ],
+)
+def test_what_cannot_be_absorbed_is_refused(options, message, images, tmp_path):
+    with pytest.raises(RecipeError, match=message):
+        bnf.finetune("full", **settings(images, tmp_path / "run", **options, **{"bn.parameterisation": "absorbed"}))

@@ -149,7 +149,7 @@ class ImageReader(Dataset[Any]):
             raw, row = (pick.row or {}).get(self.image_column), pick.number
         else:
             raw, row = self.split[pick.number][self.image_column], original_row(self.split, pick.number)
-        return open_image(raw, image_name(raw, row, self.where), self.max_pixels)
+        return open_image(raw, image_name(raw, row, self.where), self.max_pixels, self.transform.shortest)
 
     def _label(self, pick: Pick) -> int:
         if self.labels is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -35,6 +36,7 @@ class Transform:
         mean: Mean of each channel, of values from 0 to 1.
         std: Standard deviation of each channel, of values from 0 to 1.
         erase: Erases rectangles of one finished image, in place.
+        shortest: Pixels that the shorter side of an image needs; None for all that it has.
     """
 
     def __init__(
@@ -44,12 +46,14 @@ class Transform:
         mean: Sequence[float],
         std: Sequence[float],
         erase: RandomErasing | None = None,
+        shortest: int | None = None,
     ) -> None:
         self.geometry = geometry
         self.mode = _PIL_MODES[channels]
         self.mean = torch.tensor(mean).view(-1, 1, 1)
         self.std = torch.tensor(std).view(-1, 1, 1)
         self.erase = erase
+        self.shortest = shortest
 
     def draw(self, image: Image.Image) -> NDArray[np.uint8]:
         """The pixels of one image, of shape `(height, width, channels)`."""
@@ -106,7 +110,7 @@ def build_transforms(data: Data, data_config: Mapping[str, Any]) -> Transforms:
     probability = data.augment.random_erasing
     erase = RandomErasing(probability, mode="pixel", device="cpu") if probability else None
     return Transforms(
-        train=Transform(_augmentation(data, shared), channels, mean, std, erase),
+        train=Transform(_augmentation(data, shared), channels, mean, std, erase, _shortest(data, max(size))),
         eval=Transform(_geometry(create_transform(**shared, **crop)), channels, mean, std),
     )
 
@@ -136,6 +140,12 @@ def _augmentation(data: Data, shared: Mapping[str, Any]) -> Compose:
             f"data.augment.auto_augment: timm cannot read {augment.auto_augment!r} ({first_line(error)}); "
             "rand-m9-mstd0.5, augmix-m3 and original are examples"
         ) from error
+
+
+def _shortest(data: Data, size: int) -> int | None:
+    """The shorter side of an image whose smallest random crop has `size` pixels on its shorter side."""
+    (area, _), (narrow, wide) = data.augment.scale, data.augment.ratio
+    return math.ceil(size / math.sqrt(area * min(narrow, 1 / wide))) if data.fast_decode and area else None
 
 
 def _geometry(transform: Compose) -> Compose:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 
 from bnfinetune.errors import DataError
 from bnfinetune.training.data.images import open_image, to_rgb
@@ -218,3 +218,28 @@ def outcome(raw: dict) -> Image.Image | str:
         return read(raw)
     except DataError as error:
         return str(error)
+
+
+@pytest.mark.parametrize(
+    ("shortest", "size"), [(None, (400, 304)), (305, (400, 304)), (152, (200, 152)), (40, (100, 76))]
+)
+def test_large_jpegs_are_decoded_smaller(shortest, size):
+    ramp = np.add.outer(np.linspace(0, 150, 304), np.linspace(0, 100, 400))
+    picture = Image.fromarray(np.stack([ramp, ramp[::-1], ramp / 2], axis=2).astype(np.uint8))
+    raw = saved(picture, "JPEG", quality=95)
+    image = open_image(raw, "in row 3", 1_000_000, shortest)
+    assert image.size == size
+    expected = np.asarray(picture.resize(size, Image.Resampling.BOX), dtype=np.int64)
+    assert np.abs(np.asarray(image, dtype=np.int64) - expected).max() <= 6
+
+
+def test_smaller_jpegs_still_turn_upright_and_others_stay_whole():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    turned = saved(Image.new("RGB", (400, 304), "red"), "JPEG", exif=exif)
+    assert open_image(turned, "in row 3", 1_000_000, 100).size == (152, 200)
+    assert open_image(saved(Image.new("RGB", (400, 304)), "PNG"), "in row 3", 1_000_000, 40).size == (400, 304)
+    grey_jpeg = saved(Image.new("L", (400, 304), 70), "JPEG")
+    assert (pixels(open_image(grey_jpeg, "in row 3", 1_000_000, 40)) == 70).all()
+    with pytest.raises(DataError, match="max_pixels"):
+        open_image(turned, "in row 3", 10_000, 40)

@@ -119,3 +119,24 @@ def test_preserved_draws_give_every_generator_its_state_back():
         draw()
         raise ZeroDivisionError
     assert draw() == expected
+
+
+@pytest.mark.parametrize("scale", [(1.0, 1.0), (0.35, 1.0), (0.08, 1.0)])
+def test_no_crop_of_a_smaller_decoded_image_is_smaller_than_the_input(scale):
+    transforms = build_transforms(Data(source="x", augment=Augment(scale=scale)), DATA_CONFIG)
+    assert transforms.eval.shortest is None
+    crop = transforms.train.geometry.transforms[0]
+    image = picture(0, (transforms.train.shortest, transforms.train.shortest))
+    with preserved_draws():
+        sizes = []
+        for seed in range(300):
+            seed_draws(seed)
+            _, _, height, width = crop.get_params(image, crop.scale, crop.ratio)
+            sizes.append(min(height, width))
+    side = max(DATA_CONFIG["input_size"][1:])
+    assert side - 1 <= min(sizes) <= 1.2 * side  # sides are rounded
+
+
+def test_every_pixel_is_decoded_on_request():
+    assert build_transforms(Data(source="x", fast_decode=False), DATA_CONFIG).train.shortest is None
+    assert build_transforms(Data(source="x", augment=Augment(scale=(0.0, 1.0))), DATA_CONFIG).train.shortest is None

@@ -1,0 +1,155 @@
+"""Writes docs/benchmarks.md and its plot from the figures in docs/benchmarks/*.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tests.bench.pages import DOCS, figure_style
+from tests.bench.results import recorded
+
+PAGE = DOCS / "benchmarks.md"
+PLOT = "images/frozen_bn.svg"
+
+INTRODUCTION = """\
+# Benchmarks
+
+<!-- Written by python -m tests.bench speed_page from docs/benchmarks/*.json. -->
+
+Every figure is a ratio of medians over alternating runs in one process, so that whatever else the machine does slows
+all candidates alike; "half of the runs" is the middle half of the ratios of single rounds. `python -m tests.bench NAME
+--record` measures again, `python -m tests.bench speed_page` writes this page.
+"""
+
+FROZEN = """\
+## What frozen BN costs in a training step
+
+A step is forward, backward and a gradient for every parameter that trains, against the same network without any norm
+layer. *folded* is `fold_bn(freeze_bn(model, affine=False))`: statistics fixed, weight and bias learn; *folded, affine
+frozen* is `fold_bn(freeze_bn(model))`. Every candidate but the first two puts out the same numbers to 1e-3, or is left
+out. *kept* counts the bytes that autograd keeps for backward besides parameters and buffers; *peak* is the most that a
+step has allocated at once, gradients included.
+"""
+
+FAMILIES = """\
+## Which layers fold
+
+Pairs of a convolution and a BN layer are found by what flows in one forward, whatever the network; `fold_report(model)`
+lists them for any. For one network of each timm family with BN, outputs and gradients were compared with those of BN in
+evaluation mode: the largest difference of any output or gradient, relative to its largest value.
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    parts = [INTRODUCTION, *_frozen(), *_others(), *_families()]
+    PAGE.write_text("\n".join(part.rstrip() + "\n" for part in parts), encoding="utf-8")
+    print(f"wrote {PAGE}")
+
+
+def _frozen() -> Iterable[str]:
+    results = recorded("frozen_bn")
+    if not results:
+        return
+    yield FROZEN
+    _plot(results)
+    yield f"![Time of a training step against the same network without norm, for each network]({PLOT})"
+    for key, result in results.items():
+        yield f"### {key}"
+        yield (
+            f"Batches of {result['batch']} images of {result['size']} x {result['size']}, {result['rounds']} rounds; "
+            f"{result['folded']} of {result['layers']} BN layers folded; weights {_mib(result['weights'])} MiB."
+        )
+        header = ("", "time", "half of the runs", "ms", "kept, MiB", "peak, MiB")
+        yield _table(
+            header,
+            (
+                (
+                    row["name"],
+                    f"{row['ratio']:.3f}",
+                    "{:.3f}-{:.3f}".format(*row["spread"]),
+                    f"{row['median'] * 1e3:.0f}",
+                    *(_mib(row["kept"]), _mib(row["peak"])),
+                )
+                for row in result["rows"]
+            ),
+        )
+        yield from (f"Left out: {name} ({reason})." for name, reason in result["left_out"].items())
+        yield _setting(result)
+
+
+TITLES = {
+    "linear_probe": "A linear probe on features computed once",
+    "run_time": "Where a run's time goes",
+    "loop_overhead": "What the loop adds to a bare PyTorch loop",
+    "two_ranks": "Two processes against one",
+}
+
+
+def _others() -> Iterable[str]:
+    for bench, title in TITLES.items():
+        for number, (key, result) in enumerate(recorded(bench).items()):
+            if number == 0:
+                yield f"## {title}"
+            yield key + "."
+            columns = [name for name in result["rows"][0] if name != "name"]
+            rows = ([row["name"], *(_shown(name, row[name]) for name in columns)] for row in result["rows"])
+            yield _table(["", *(_HEADERS.get(name, name.replace("_", " ")) for name in columns)], rows)
+            yield _setting(result)
+
+
+_HEADERS = {"median": "s", "ratio": "time", "spread": "half of the runs", "top1": "top-1"}
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, list):
+        return "-".join(f"{part:.3f}" for part in value)
+    if name == "top1" or name == "share":
+        return f"{value:.1%}"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _families() -> Iterable[str]:
+    results = recorded("fold_families")
+    if not results:
+        return
+    yield FAMILIES
+    rows = [
+        (name, f"{row['folded']} of {row['layers']}", *(f"{row[key]:.0e}" for key in ("double", "single", "plain")))
+        for name, row in sorted(results.items())
+    ]
+    yield _table(("network", "folded", "float64", "float32", "float32, evaluation mode"), rows)
+    yield _setting(next(iter(results.values())))
+
+
+def _plot(results: dict[str, dict[str, Any]]) -> None:
+    plt = figure_style()
+    figure, axes = plt.subplots(1, len(results), figsize=(3 * len(results), 3.6), sharey=True, squeeze=False)
+    names = [row["name"] for row in next(iter(results.values()))["rows"]][::-1]
+    for axis, (key, result) in zip(axes[0], results.items(), strict=True):
+        rows = {row["name"]: row for row in result["rows"]}
+        for place, name in enumerate(names):
+            if (row := rows.get(name)) is None:
+                continue
+            low, high = row["spread"]
+            axis.barh(place, row["ratio"], color="C1" if name.startswith("folded") else "C0")
+            axis.plot([low, high], [place, place], color="black", linewidth=1)
+        axis.set_title(key, fontsize=9)
+        axis.set_xlim(left=0.9)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+    figure.supxlabel("time of a step / without norm", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(DOCS / PLOT, metadata={"Date": None})
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f}"
+
+
+def _setting(result: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return f"{result['machine']}; {versions}; {result['date']}."
