@@ -21,7 +21,7 @@ from bnfinetune.training.start import on_main
 
 # Where a run lives, what it shows and keeps, and whether it goes on do not change what it computes.
 _FREE_KEYS = {
-    *("run.dir", "run.check", "run.report", "run.tracking", "data.workers"),
+    *("run.dir", "run.check", "run.report", "run.tracking", "data.workers", "train.cache_dir", "train.cache_memory"),
     *("train.resume", "train.resume_allow", "train.max_skipped", "train.auto_batch", "train.timeout_minutes"),
     *("checkpoint.keep", "checkpoint.every_steps", "checkpoint.every_minutes"),
 }
