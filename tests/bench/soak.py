@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -71,7 +70,7 @@ def soak(steps: int, workers: int, readings: int = 20) -> list[Reading]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the readings, and the growth of memory over the second half by least squares."""
+    """Print the readings, and between what bounds memory and files are in the first and in the second half."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench soak")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--workers", type=int, default=0)
@@ -80,6 +79,7 @@ def main(arguments: Sequence[str]) -> None:
     print("updates   resident MiB   open files   seconds")
     for reading in found[:: max(len(found) // 10, 1)]:
         print(f"{reading.update:7}   {reading.memory:12.1f}   {reading.files:10}   {reading.seconds:7.1f}")
-    later = found[len(found) // 2 :]
-    slope = statistics.linear_regression([r.update for r in later], [r.memory for r in later]).slope
-    print(f"second half: {1000 * slope:+.2f} MiB per 1000 updates, open files {later[0].files} to {later[-1].files}")
+    middle = (len(found) + 1) // 2
+    for name, half in (("first half", found[:middle]), ("second half", found[middle:] or found)):
+        memory, files = [r.memory for r in half], [r.files for r in half]
+        print(f"{name}: {min(memory):.1f} to {max(memory):.1f} MiB, {min(files)} to {max(files)} open files")
