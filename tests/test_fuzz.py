@@ -31,7 +31,7 @@ from bnfinetune.training.checkpoint import StateStore, describe_state, load_stat
 from bnfinetune.training.data.images import open_image
 from bnfinetune.training.folder import complete_folder
 
-FILES = 150  # of each kind
+FILES = 50  # of each kind
 SECONDS, BYTES = 60, 2**30  # that reading all of them may take, and at most have at a time
 
 

@@ -67,7 +67,9 @@ def differs(before, after, key):
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-@pytest.mark.parametrize(("name", "clip"), [("test_resnet", None), ("efficientnet_b0", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "clip"), [("test_resnet", None), pytest.param("efficientnet_b0", 1.0, marks=pytest.mark.slow)]
+)
 def test_a_bad_update_changes_nothing(kind, clip, name, images, tmp_path, monkeypatch):
     update, changed = Trainer._update, []
 
@@ -86,6 +88,7 @@ def test_a_bad_update_changes_nothing(kind, clip, name, images, tmp_path, monkey
     assert all(record["train_loss"] < 100 for record in result.history)
 
 
+@pytest.mark.slow
 def test_statistics_move_if_they_are_not_rolled_back(images, tmp_path, monkeypatch):
     """What the test above would miss if forwards did not move them."""
     monkeypatch.setattr(Gradients, "compute", poison("loss", {2}))
@@ -116,6 +119,7 @@ def test_too_many_in_a_row_stop_the_run_and_states_from_before_stay(kind, images
     assert bnf.finetune("full", **{**options, **lower}).history[-1]["update"] == 6
 
 
+@pytest.mark.slow
 def test_the_cause_is_told_apart(images, tmp_path, monkeypatch):
     write_weights(tmp_path / "start.safetensors", "test_resnet")
     weights = load_file(tmp_path / "start.safetensors")

@@ -63,7 +63,7 @@ def assert_same(tmp_path):
     assert differences(whole, run) == []
 
 
-@pytest.fixture(params=[1, 2], ids=["one process", "two ranks"])
+@pytest.fixture(params=[pytest.param(1, marks=pytest.mark.slow), 2], ids=["one process", "two ranks"])
 def runs(request, nursery, images, tmp_path):
     """Options of a run, the number of its ranks, and beside it what the run gives that nobody interrupts."""
     options = {**OPTIONS, "data.source": images, "data.workers": 0, "train.batch_size": 4 // request.param}
@@ -72,7 +72,9 @@ def runs(request, nursery, images, tmp_path):
     return options | {"run.dir": tmp_path / "run"}, request.param
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_any_rank_saves_after_the_update_and_ends_all(number, code, runs, nursery, tmp_path):
     options, ranks = runs
     codes = nursery.run(train_with_signal, options, number, 5, ranks - 1, ranks=ranks)
@@ -83,6 +85,7 @@ def test_a_signal_to_any_rank_saves_after_the_update_and_ends_all(number, code, 
     assert_same(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_request_to_save_saves_and_the_run_goes_on_as_if_nothing_had_been(runs, nursery, tmp_path):
     options, ranks = runs
     options["checkpoint.keep"] = 20
@@ -96,6 +99,7 @@ def train_with_group_signal(options, number):
     train_with_signal(options, number, 2, 0, group=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "states"),
     [(signal.SIGUSR1, 0, [2, 3]), (signal.SIGINT, 1, [2]), (signal.SIGTERM, 143, [2])],
@@ -108,6 +112,7 @@ def test_a_signal_to_a_whole_group_of_processes_does_the_same(number, code, stat
     assert saved(tmp_path / "run") == states
 
 
+@pytest.mark.slow
 def test_saves_by_the_clock_of_the_first_rank_change_nothing(runs, nursery, tmp_path):
     options, ranks = runs
     more = {"checkpoint.keep": 20, "checkpoint.every_minutes": 1e-9}
@@ -116,6 +121,7 @@ def test_saves_by_the_clock_of_the_first_rank_change_nothing(runs, nursery, tmp_
     assert_same(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_error_of_the_data_saves_what_was_reached(nursery, images, tmp_path):
     options = {**OPTIONS, "data.source": images, "data.workers": 0, "train.batch_size": 4}
     del options["checkpoint.every_steps"]

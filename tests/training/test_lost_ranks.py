@@ -46,20 +46,20 @@ def command(words, how):
     sys.exit(main(words))
 
 
-LOST = "bnfinetune: error: another process has ended, or gave no answer for train.timeout_minutes=0.05: what it said"
+LOST = "bnfinetune: error: another process has ended, or gave no answer for train.timeout_minutes=0.2: what it said"
 
 
 @pytest.mark.parametrize(
     ("how", "codes", "said"),
     [
         ("fails", [2, 2], "bnfinetune: error: [rank 1] cannot read the image 7.png"),
-        ("breaks", [2, 1], "ZeroDivisionError: a mistake of ours"),
-        ("is killed", [2, -9], ""),
-        ("hangs", [2, -9], ""),
+        pytest.param("breaks", [2, 1], "ZeroDivisionError: a mistake of ours", marks=pytest.mark.slow),
+        pytest.param("is killed", [2, -9], "", marks=pytest.mark.slow),
+        pytest.param("hangs", [2, -9], "", marks=pytest.mark.slow),  # idle for the timeout
     ],
 )
 def test_all_ranks_end_and_the_state_before_is_whole(how, codes, said, nursery, images, tmp_path):
-    words = [*WORDS, f"data.source={images}", f"run.dir={tmp_path / 'run'}", "train.timeout_minutes=0.05"]
+    words = [*WORDS, f"data.source={images}", f"run.dir={tmp_path / 'run'}", "train.timeout_minutes=0.2"]
     found = nursery.run(command, words, how, ranks=2, kill_others=how == "hangs")
     assert found == codes, nursery.said()
     assert LOST in nursery.said()
@@ -69,14 +69,13 @@ def test_all_ranks_end_and_the_state_before_is_whole(how, codes, said, nursery, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["fails", "hangs"])
-def test_under_torchrun(how, images, tmp_path):
+def test_a_failure_under_torchrun(images, tmp_path):
     script = tmp_path / "command.py"
     script.write_text(
-        f"import sys; from tests.training.test_lost_ranks import command; command(sys.argv[1:], {how!r})\n"
+        "import sys; from tests.training.test_lost_ranks import command; command(sys.argv[1:], 'fails')\n"
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    options = [f"data.source={images}", f"run.dir={tmp_path / 'run'}", "train.timeout_minutes=0.1"]
+    options = [f"data.source={images}", f"run.dir={tmp_path / 'run'}", "train.timeout_minutes=0.2"]
     done = subprocess.run(
         [*launcher, *WORDS, *options],
         capture_output=True,
@@ -86,6 +85,5 @@ def test_under_torchrun(how, images, tmp_path):
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert done.returncode != 0
-    said = "[rank 1] cannot read the image 7.png" if how == "fails" else "another process has ended, or gave no answer"
-    assert said in done.stderr
+    assert "bnfinetune: error: [rank 1] cannot read the image 7.png" in done.stderr
     assert (tmp_path / "run/checkpoints/update-00000002").is_dir()

@@ -37,7 +37,9 @@ def small_memory(monkeypatch, most, error=GPU, *, training=True):
     monkeypatch.setattr(timm.models.ResNet, "forward", limited)
 
 
-@pytest.mark.parametrize("error", [GPU, HOST, MemoryError()])
+@pytest.mark.parametrize(
+    "error", [GPU, *(pytest.param(each, marks=pytest.mark.slow) for each in (HOST, MemoryError()))]
+)
 def test_the_message_names_the_batch_and_the_ways_out(error, images, tmp_path, monkeypatch):
     small_memory(monkeypatch, 4, error)
     said = r"^out of memory with train.batch_size=6 per process: lower it and raise train.grad_accum .*train.auto_batch"
@@ -45,6 +47,7 @@ def test_the_message_names_the_batch_and_the_ways_out(error, images, tmp_path, m
         bnf.finetune("freeze_bn", **settings(images, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_evaluation_names_its_own_batch(images, tmp_path, monkeypatch):
     small_memory(monkeypatch, 4, training=False)
     with pytest.raises(TrainingError, match=r"^out of memory with evaluate.batch_size=9 per process: lower it"):
@@ -76,6 +79,7 @@ def test_smaller_pieces_give_the_gradient_of_the_whole(images, tmp_path, monkeyp
     assert state["progress"]["pieces"] == 4  # 6 images in parts of 2, 2, 1 and 1
 
 
+@pytest.mark.slow
 def test_what_is_drawn_does_not_depend_on_failed_attempts(images, tmp_path, monkeypatch):
     """With dropout: a run that finds out and one that knows the number of pieces from its state end alike."""
     small_memory(monkeypatch, 3)
@@ -90,6 +94,7 @@ def test_what_is_drawn_does_not_depend_on_failed_attempts(images, tmp_path, monk
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
 
 
+@pytest.mark.slow
 def test_one_image_that_does_not_fit_ends_the_run(images, tmp_path, monkeypatch):
     small_memory(monkeypatch, 0)
     with pytest.raises(TrainingError, match="down to single images"):
@@ -117,6 +122,7 @@ def train_with_little(options, most):
     bnf.finetune("freeze_bn", **options)
 
 
+@pytest.mark.slow
 def test_ranks_of_different_memory_stay_together(nursery, images, tmp_path):
     write_weights(tmp_path / "start.safetensors", "test_resnet")
     options = {**SAME, "train.ema": None, "data.augment.mixup": 0.0, "train.batch_size": 3,

@@ -53,6 +53,7 @@ def test_keys_that_may_differ_are_named_each(begun, capsys):
     assert [record["update"] for record in result.history] == [4, 8]
 
 
+@pytest.mark.slow
 def test_what_computes_nothing_may_differ_unnamed(begun, tmp_path):
     (tmp_path / "run").rename(tmp_path / "moved")
     free = {
@@ -68,6 +69,7 @@ def test_what_computes_nothing_may_differ_unnamed(begun, tmp_path):
     assert len(finetune("full", **{**begun, **free}).history) == 2
 
 
+@pytest.mark.slow
 def test_the_learning_rate_that_was_allowed_is_used(begun, monkeypatch):
     rates = []
     update = Trainer._update
@@ -90,7 +92,9 @@ def test_other_images_are_refused_unless_allowed(begun, images):
 
 
 @pytest.mark.parametrize(
-    "kill", [Kill("step", 20), Kill("evaluation", 2), Kill("saving", 2)], ids=lambda kill: kill.phase
+    "kill",
+    [Kill("step", 20), *(pytest.param(Kill(phase, 2), marks=pytest.mark.slow) for phase in ("evaluation", "saving"))],
+    ids=lambda kill: kill.phase,
 )
 def test_a_run_killed_before_its_first_state_begins_anew(kill, nursery, images, tmp_path):
     options = {**OPTIONS, "data.source": images, "data.workers": 0, "train.epochs": 1, "run.dir": tmp_path / "run"}
@@ -101,6 +105,7 @@ def test_a_run_killed_before_its_first_state_begins_anew(kill, nursery, images, 
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_folder_that_holds_something_else_is_not_taken_for_a_run(images, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/thesis.tex").touch()
@@ -177,7 +182,7 @@ def test_a_lock_that_is_released_while_another_waits_for_its_file(tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_images_left_out_are_listed_over_all_starts(workers, images, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("bnfinetune.training.data.splits.unreadable_images", lambda *_: {})  # as in a set too large
     for name in ("red/1", "blue/2"):
@@ -200,6 +205,7 @@ def test_images_left_out_are_listed_over_all_starts(workers, images, tmp_path, m
     assert f"2 unreadable images were left out: {path}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_state_says_what_it_is(begun, tmp_path):
     state = json.loads((tmp_path / "run/checkpoints/update-00000002/state.json").read_text())
     fingerprint = state.pop("fingerprint")
