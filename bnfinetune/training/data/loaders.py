@@ -287,7 +287,7 @@ class _Kit:
         if isinstance(train, IterableDataset):
             buffer_size = self.data.shuffle_buffer
             order: Any = StreamSampler(train, batch_size, seed=seed, buffer_size=buffer_size, endless=True, **ranks)
-            clean = partial(StreamSampler, train, clean_size, seed=clean_seed, buffer_size=buffer_size, **ranks)
+            clean: Any = partial(StreamSampler, train, clean_size, seed=clean_seed, buffer_size=buffer_size, **ranks)
         else:
             order = TrainSampler(len(train), batch_size, seed=seed, spread=self.domains, **ranks)
             clean = partial(TrainSampler, len(train), clean_size, seed=clean_seed, even=True, **ranks)
