@@ -130,7 +130,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--size", type=int, default=64, help="side of the images")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tolerances", nargs="*", type=float, default=[0.04, 0.02, 0.01])
-    parser.add_argument("--images", type=int, default=29400, help="embedded characters for the stopping rule")
+    parser.add_argument("--images", type=int, default=58800, help="embedded characters for the stopping rule")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
