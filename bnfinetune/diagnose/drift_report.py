@@ -18,6 +18,10 @@ FITS, FOREIGN = 0.25, 0.75
 """Drift of the worst layer, in standard deviations, up to which statistics fit, and from which they are foreign."""
 
 
+CLUSTERED = 1.35
+"""Scatter of the statistics of batches, as a multiple of that of random ones, from which they are no random ones."""
+
+
 @dataclass(frozen=True)
 class Regime:
     """What the model makes of the images under one kind of statistics.
@@ -137,6 +141,21 @@ class DriftReport:
         return tuple(max(column) for column in zip(*(layer.noise for layer in self.layers.values()), strict=True))
 
     @property
+    def clustering(self) -> float | None:
+        """Scatter of the batches as they came, joined or not, as a multiple of what batches of random images have.
+
+        About 1 or a little less for shuffled data; above `CLUSTERED`, batches hold images that are like each other, as
+        in a set sorted by class. None for fewer than 4 batches.
+        """
+        scatter = [noise * math.sqrt(size) / self.noise[0] for size, noise in self.batch_noise.items() if self.noise[0]]
+        return max(scatter, default=None)
+
+    @property
+    def clustered(self) -> bool:
+        """Whether batches hold images that are like each other."""
+        return self.clustering is not None and self.clustering > CLUSTERED
+
+    @property
     def smallest_sound_batch(self) -> int | None:
         """The smallest batch size at which every layer's statistics are within `SOUND_NOISE`; None if above 256."""
         return next((size for size, noise in zip(BATCH_SIZES, self.noise, strict=True) if noise <= SOUND_NOISE), None)
@@ -166,6 +185,7 @@ class DriftReport:
             "batch_sizes": BATCH_SIZES,
             "noise": self.noise,
             "smallest_sound_batch": self.smallest_sound_batch,
+            "clustering": self.clustering,
             "ranked": [layer.name for layer in self.ranked()],
         }
         return _plain(content)  # type: ignore[no-any-return]
@@ -185,7 +205,8 @@ class DriftReport:
         ]
         sound = self.smallest_sound_batch
         least = f"smallest sound batch: {sound if sound is not None else 'above 256'} images"
-        return "\n".join([self.verdict, *regimes, least, head, *rows, *more])
+        sorted_data = [f"batches scatter {self.clustering:.1f} times as much as random ones"] if self.clustered else []
+        return "\n".join([self.verdict, *regimes, least, *sorted_data, head, *rows, *more])
 
     def _row(self, layer: LayerReport, width: int) -> str:
         noise = layer.noise[min(range(len(BATCH_SIZES)), key=lambda i: abs(BATCH_SIZES[i] - self.batch_size))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from bnfinetune.diagnose.drift_report import BATCH_SIZES, FITS, FOREIGN, SOUND_NOISE, DriftReport
+from bnfinetune.diagnose.drift_report import BATCH_SIZES, CLUSTERED, FITS, FOREIGN, SOUND_NOISE, DriftReport
 
 TINY_SET = 100
 """Training images below which a network has too few to fit more than scales, shifts and the head."""
@@ -25,7 +25,7 @@ class Situation:
         drift: drift of the worst layer, in standard deviations.
         smallest_sound_batch: images that a statistic needs; None if above 256.
         untrained: whether the statistics are those of construction, or damaged.
-        sorted_batches: whether batches come in stored order, one class after the other.
+        sorted_batches: whether batches hold images that are like each other, as in a set sorted by class.
         labelled: whether the data has labels to train on.
     """
 
@@ -47,6 +47,7 @@ class Situation:
             training_images=report.training_images,
             drift=report.drift,
             smallest_sound_batch=report.smallest_sound_batch,
+            sorted_batches=report.clustered,
             untrained=any(layer.damaged for layer in report.layers.values()) or report.untouched,
             labelled=report.running.loss is not None,
         )
@@ -117,12 +118,14 @@ def _with_labels(situation: Situation, reasons: list[str], overrides: list[str])
         reasons.append(
             f"{images} training images are fewer than {TINY_SET}: scales, shifts and the head are enough to learn"
         )
-        if foreign:
-            overrides.append("recalibrate.at=[start]")
-        return "bn_only"
+        return _few_parameters(overrides, foreign)
     if situation.sorted_batches:
-        reasons.append("batches hold few classes, so that each has statistics of its own: fixed ones do not see that")
-        return "precise_then_freeze" if foreign else "freeze_stats"
+        reasons.append(
+            f"batches scatter more than {CLUSTERED} times as much as random ones, as in a set sorted by class: shuffle "
+            "if that is possible; fixed statistics do not see the batch, and few parameters forget less of the classes "
+            "before"
+        )
+        return _few_parameters(overrides, foreign)
     if situation.batch_size >= situation.needed:
         reasons.append(
             f"{situation.batch_size} images per statistic are enough: {situation.needed} are needed for a noise of "
@@ -130,6 +133,13 @@ def _with_labels(situation: Situation, reasons: list[str], overrides: list[str])
         )
         return "full"
     return _small_batch(situation, reasons, foreign)
+
+
+def _few_parameters(overrides: list[str], foreign: bool) -> str:
+    """Scales, shifts and the head, behind statistics that fit."""
+    if foreign:
+        overrides.append("recalibrate.at=[start]")
+    return "bn_only"
 
 
 def _tell_drift(situation: Situation, reasons: list[str]) -> None:

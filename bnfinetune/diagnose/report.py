@@ -152,7 +152,15 @@ def _noise(report: DriftReport) -> Part:
     )
     rows = tuple((str(size), f"{noise:.3f}") for size, noise in zip(BATCH_SIZES, report.noise, strict=True))
     table = Grid("Noise of the worst layer by batch size", ("images per statistic", "noise"), rows, folded=True)
-    return Part("Noise against batch size", figures=(Drawing(figures.noise_curve(report), caption),), tables=(table,))
+    texts: tuple[str, ...] = ()
+    if report.clustered:
+        texts = (
+            f"The batches as they came scatter {report.clustering:.1f} times as much as random ones would: they hold "
+            "images that are like each other, as in a set sorted by class. Shuffle them.",
+        )
+    return Part(
+        "Noise against batch size", texts, figures=(Drawing(figures.noise_curve(report), caption),), tables=(table,)
+    )
 
 
 def _terms() -> Part:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import bnfinetune as bnf
+from bnfinetune.bn.fold import fold_report
 from tests.diagnose.support import FAMILIES, INNER, STAGE, codes, loader, network, paste, settled, sgd, the, train_step
 
 
@@ -136,6 +137,23 @@ def test_frozen_statistics_of_another_domain(character_network):
     assert "bn1" in found.where or "conv1.1" in found.where
     paste(found.fix, model=model, loader=dark)
     assert not watch(dark[:2])
+
+
+def test_folded_layers_are_judged_by_what_their_convolutions_are_handed(character_network):
+    """A folded BN layer itself sees what is normalised already, which no stored statistic describes."""
+    model, data = bnf.freeze_bn(copy.deepcopy(character_network[0]).train()), character_network[1]
+    bnf.fold_bn(model, data[0][0][:1])
+    dark = [(images * 0.2 - 0.7, labels) for images, labels in data]
+    optimizer = sgd(model, lr=1e-6)
+
+    def watch(batches):
+        with bnf.watch_bn(model, optimizer) as watching:
+            train(model, optimizer, batches)
+        return watching.findings
+
+    assert not watch(data[:2])
+    assert "BN203" in codes(watch(dark[:2]))
+    assert fold_report(model).folded
 
 
 def test_entropy_minimisation_that_collapses():

@@ -11,10 +11,13 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 import bnfinetune as bnf
+from bnfinetune.bn.fold import fold_report
 from bnfinetune.demo import load_characters
 from bnfinetune.diagnose.compare import observing
 from bnfinetune.diagnose.drift import inspect_bn
 from bnfinetune.diagnose.drift_report import BATCH_SIZES
+from bnfinetune.diagnose.recommend import Situation
+from bnfinetune.diagnose.report import drift_page
 from tests.diagnose.support import FAMILIES, INNER, loader, network
 
 VICTIM = "layer2.0.bn1"
@@ -143,6 +146,18 @@ def test_a_policy_changes_no_measurement(name):
         torch.testing.assert_close(frozen.layers[each].mean_shift, plain.layers[each].mean_shift, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_folding_changes_no_measurement(name):
+    """A folded BN layer is handed what its conv has normalised already."""
+    data = list(loader(8, batch_size=4, shuffle=False))
+    frozen = bnf.freeze_bn(network(name))
+    plain = inspect_bn(frozen, data, causes=0)
+    folded = inspect_bn(bnf.fold_bn(frozen, torch.zeros(1, 3, 32, 32)), data, causes=0)
+    assert fold_report(frozen).folded, "the network is folded again"
+    for each in plain.layers:
+        torch.testing.assert_close(folded.layers[each].mean_shift, plain.layers[each].mean_shift, rtol=1e-4, atol=1e-4)
+
+
 def test_how_images_are_batched_does_not_matter(backbone, characters):
     images, labels = (torch.cat(column)[:48] for column in zip(*characters, strict=True))
     one = inspect_bn(backbone, [(images, labels)], causes=0)
@@ -235,6 +250,33 @@ def test_damaged_statistics_are_named(backbone, characters):
     assert report.ranked()[0].name == VICTIM
     assert report.verdict.startswith(f"Damaged: {VICTIM} holds")
     json.dumps(report.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("size", [4, 16])
+def test_batches_that_are_no_random_ones_are_found(backbone, characters, size):
+    """Sorted by class; by brightness, where labels tell nothing; and shuffled."""
+    images, labels = (torch.cat(column) for column in zip(*characters, strict=True))
+
+    def seen(order):
+        return inspect_bn(backbone, list(images[order].split(size)), causes=0)
+
+    shuffled, by_class, by_brightness = map(
+        seen, (torch.arange(256), labels.argsort(stable=True), images.mean((1, 2, 3)).argsort())
+    )
+    assert not shuffled.clustered
+    assert shuffled.clustering == pytest.approx(1, abs=0.25)
+    assert by_class.clustered
+    assert by_brightness.clustered
+    assert Situation.of(by_class).sorted_batches
+    assert "times as much as random ones" in str(by_class)
+    assert "Shuffle them" in drift_page(by_class).html()
+    assert "Shuffle them" not in drift_page(shuffled).html()
+
+
+def test_too_few_batches_tell_nothing_of_their_order(backbone, characters):
+    report = inspect_bn(backbone, characters[:3], causes=0)
+    assert report.clustering is None
+    assert not report.clustered
 
 
 def test_leftover_weight(backbone, characters):

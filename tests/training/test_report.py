@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 import bnfinetune as bnf
+from bnfinetune.training.data.reading import Failure
 from bnfinetune.training.drift import DriftMeter
 from bnfinetune.training.evaluate import load_exported
 from bnfinetune.training.mistakes import Mistakes
@@ -133,6 +134,12 @@ def test_the_meter_ignores_what_is_not_finite_and_networks_without_statistics():
     model[1].running_mean.fill_(float("nan"))
     assert meter.read(model) == {}
     assert DriftMeter(nn.Linear(2, 2), Planted(torch.randn(4, 2)), Accelerator(cpu=True), None).read(model) == {}
+
+
+def test_unreadable_images_stop_whoever_needs_them_and_not_the_meter():
+    model, loaders = nn.Sequential(nn.BatchNorm2d(3)), Planted(torch.randn(4, 3, 8, 8))
+    loaders.__class__ = type("Broken", (Planted,), {"__getitems__": lambda *_: Failure("it is not an image")})
+    assert DriftMeter(model, loaders, Accelerator(cpu=True), None).read(model) == {}
 
 
 def test_the_worst_mistakes_are_kept_over_batches_and_ranks():
