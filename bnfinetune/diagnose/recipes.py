@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bnfinetune.diagnose.checks import check_bn
 from bnfinetune.diagnose.drift import inspect_bn
 from bnfinetune.diagnose.drift_report import DriftReport
-from bnfinetune.diagnose.finding import Findings
-from bnfinetune.diagnose.recommend import Situation, recommend
+from bnfinetune.diagnose.finding import Findings, render
+from bnfinetune.diagnose.recommend import Recommendation, Situation, recommend
 from bnfinetune.diagnose.report import drift_page
 from bnfinetune.diagnose.set_up import check_set_up
 from bnfinetune.diagnose.watch import watch_bn
 from bnfinetune.recipe import Recipe
+from bnfinetune.recipe_files import diff_recipes, load_recipe
 from bnfinetune.training.backbone import build_backbone, input_config, restrict_training
+from bnfinetune.training.batches import smallest_batch
 from bnfinetune.training.data.splits import load_splits
 from bnfinetune.training.evaluate import checkpoint_recipe, load_exported
 from bnfinetune.training.feed import recipe_loaders
 from bnfinetune.training.loop import Trainer
+from bnfinetune.training.norms import convert_recipe_norms
 from bnfinetune.training.phases import apply_recipe_policies
 from bnfinetune.training.recalibrate import recalibrate
 from bnfinetune.training.start import seed_ranks, start_accelerator
@@ -52,7 +59,9 @@ def check_recipe(recipe: Recipe, *, steps: int = 3, ignore: Sequence[str] = ()) 
         with watch_bn(trainer.forward, trainer.optimizer, ignore=ignore) as watch:
             trainer.fit(_no_pause)
         trace = watch.trace
-        found += check_set_up(recipe, model, trainer.optimizer, updates=planned, trace=trace, ignore=ignore)
+        found += check_set_up(
+            recipe, model, trainer.optimizer, updates=planned, ranks=ranks, trace=trace, ignore=ignore
+        )
         return Findings(dict.fromkeys(found))
     finally:
         trainer.loaders.close()
@@ -68,9 +77,43 @@ def _dry_trainer(recipe: Recipe) -> Trainer:
     seed_ranks(recipe.run, same_on_all=True)
     model = build_backbone(recipe.model, splits.class_names)
     restrict_training(model, recipe.model.trainable)
-    loaders = recipe_loaders(recipe, splits, input_config(model, recipe.data.image_size), accelerator)
+    data_config = input_config(model, recipe.data.image_size)
+    loaders = recipe_loaders(recipe, splits, data_config, accelerator)
+    convert_recipe_norms(model, recipe.model, loaders, lambda _: None)
     apply_recipe_policies(model, recipe, loaders.train.batches)
+    least = smallest_batch(model, data_config["input_size"], recipe.train.batch_size, loaders.train.rarest_share)
+    loaders.train.drop_remainder(least)
     return Trainer(recipe, accelerator, model, loaders, len(splits.class_names))
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect_checkpoint` found; prints as a table with the recommendation below it.
+
+    Attributes:
+        report: the measurements.
+        advice: which recipe fits.
+        findings: pitfalls of the network as it would train.
+    """
+
+    report: DriftReport
+    advice: Recommendation
+    findings: Findings
+
+    def __str__(self) -> str:
+        found = [str(self.findings)] if self.findings else []
+        return "\n\n".join([str(self.report), str(self.advice), *found])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report's numbers, the recommendation and the findings."""
+        advice = asdict(self.advice) | {"command": self.advice.command}
+        return self.report.to_dict() | {"recommendation": advice, "findings": json.loads(render(self.findings, "json"))}
+
+    def write(self, page: Path, title: str) -> None:
+        """Writes a page, and the same numbers as JSON beside it."""
+        page.parent.mkdir(parents=True, exist_ok=True)
+        drift_page(self.report, title=title, findings=self.findings, recommendation=self.advice).write(page)
+        page.with_suffix(".json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
 
 def inspect_checkpoint(
@@ -79,7 +122,7 @@ def inspect_checkpoint(
     *,
     images: int = 256,
     page: str | Path | None = None,
-) -> DriftReport:
+) -> Inspection:
     """Measures an exported network's statistics on a data set; `bnfinetune inspect` calls this.
 
     The images are those of `data.train_split`, shuffled and prepared as for evaluation, in batches of
@@ -106,14 +149,33 @@ def inspect_checkpoint(
     finally:
         loaders.close()
     report = inspect_bn(model, batches, images=images, training_images=loaders.stats.images)
-    if page is not None:
-        path = Path(page)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        advice = recommend(Situation.of(report, ranks=accelerator.num_processes))
-        title = f"{folder}: statistics against {recipe.data.source}"
-        drift_page(report, title=title, recommendation=advice).write(path)
-        report.save(path.with_suffix(".json"))
-    return report
+    advice = recommend(Situation.of(report, ranks=accelerator.num_processes))
+    findings = check_bn(
+        model.train(), batch_size=recipe.train.batch_size, grad_accum=recipe.train.grad_accum, ignore=["BN108"]
+    )
+    found = Inspection(report, replace(advice, overrides=(*advice.overrides, *_to_go_on(folder, recipe))), findings)
+    if page is not None and accelerator.is_main_process:
+        found.write(Path(page), f"{folder}: statistics against {recipe.data.source}")
+    return found
+
+
+def _to_go_on(folder: Path, recipe: Recipe) -> list[str]:
+    """Overrides that train an exported network further on the same data."""
+    data = (
+        "source",
+        "config",
+        "train_split",
+        "val_split",
+        "test_split",
+        "train_samples",
+        "image_column",
+        "label_column",
+    )
+    kept = ["model.name", "data.image_size", *(f"data.{key}" for key in data)]
+    differing = diff_recipes(load_recipe({}), recipe)
+    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
+    weights = [f"model.checkpoint={path}" for path in files[:1]]
+    return weights + [f"{key}={differing[key][1]}" for key in kept if key in differing]
 
 
 def _batches(loader: object, images: int, size: int, *, labelled: bool) -> list[Tensor | tuple[Tensor, Tensor]]:

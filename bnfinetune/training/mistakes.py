@@ -30,7 +30,7 @@ class Mistake(NamedTuple):
         confidence: probability that it gives the class it predicts.
         label: the true class.
         predicted: the predicted class.
-        index: the image's place in its split.
+        number: the image's place in its split.
         image: what the network saw, shape (C, H, W), on the CPU.
     """
 
@@ -38,7 +38,7 @@ class Mistake(NamedTuple):
     confidence: float
     label: int
     predicted: int
-    index: int
+    number: int
     image: Tensor
 
 
@@ -70,7 +70,7 @@ class Mistakes:
         self._keep(gather_object(self.worst))
 
     def _keep(self, found: Sequence[Mistake]) -> None:
-        self.worst = sorted(found, key=lambda each: (each.likelihood, each.index))[: self._kept]
+        self.worst = sorted(found, key=lambda each: (each.likelihood, each.number))[: self._kept]
 
 
 def pictures(
@@ -88,7 +88,7 @@ def pictures(
         Picture(
             _png(each.image, data_config),
             title=class_names[each.label],
-            lines=(f"taken for {class_names[each.predicted]}, {each.confidence:.0%}", image_label(reader, each.index)),
+            lines=(f"taken for {class_names[each.predicted]}, {each.confidence:.0%}", image_label(reader, each.number)),
         )
         for each in worst
     )

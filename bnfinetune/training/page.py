@@ -73,7 +73,7 @@ def write_page(
     )
     write_text(folder / "report.html", run_page(story).html())
     wrong = [
-        {"image": image_label(split.dataset, each.index)}
+        {"image": image_label(split.dataset, each.number)}
         | {"class": class_names[each.label], "taken_for": class_names[each.predicted]}
         | {"likelihood": each.likelihood, "confidence": each.confidence}
         for each in mistakes

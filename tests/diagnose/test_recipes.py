@@ -1,6 +1,8 @@
 """The doctor for recipes: silent on the shipped ones, and its fixes are keys that silence it."""
 
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,6 +14,7 @@ from bnfinetune.diagnose.recipes import _dry_trainer, check_recipe, inspect_chec
 from bnfinetune.diagnose.set_up import check_set_up
 from bnfinetune.recipe_files import load_recipe, shipped_recipes
 from tests.diagnose.support import codes, the
+from tests.training.support import write_images
 
 SHIPPED = sorted(set(shipped_recipes()) - {"pretrain_characters"})
 
@@ -80,10 +83,33 @@ def test_inspecting_a_checkpoint(tmp_path):
     digits = [str(digit) for digit in range(10)]
     timm.models.save_for_hf(model, tmp_path / "exported", model_config={"label_names": digits})
     page = tmp_path / "out" / "report.html"
-    report = inspect_checkpoint(str(tmp_path / "exported"), ["train.batch_size=8"], images=32, page=page)
+    found = inspect_checkpoint(str(tmp_path / "exported"), ["train.batch_size=8"], images=32, page=page)
+    report = found.report
     assert report.images == 32
     assert report.batch_size == 8
     assert report.training_images == 200
     assert report.running.accuracy is not None
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["images"] == 32
+    numbers = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert numbers["images"] == 32
+    assert numbers["recommendation"]["command"] == found.advice.command
     assert "statistics against demo" in page.read_text()
+    assert str(report) in str(found)
+    assert found.advice.command in str(found)
+    words = shlex.split(found.advice.command)
+    assert words[:3] == ["python", "-m", "bnfinetune"]
+    recipe = load_recipe(words[3].removeprefix("recipe="), words[4:])  # every word is a key
+    assert recipe.model.checkpoint is not None
+    assert Path(recipe.model.checkpoint).parent == tmp_path / "exported"
+
+
+def test_an_inspection_goes_on_with_the_same_data_and_tells_of_pitfalls(tmp_path):
+    folder = write_images(tmp_path / "images")
+    model = timm.create_model("resnet18", num_classes=3)
+    timm.models.save_for_hf(model, tmp_path / "exported")
+    overrides = [f"data.source={folder}", "data.image_size=32", "data.workers=0", "train.batch_size=2"]
+    found = inspect_checkpoint(str(tmp_path / "exported"), overrides, images=8)
+    words = shlex.split(found.advice.command)
+    recipe = load_recipe(words[3].removeprefix("recipe="), words[4:])
+    assert (recipe.data.source, recipe.data.image_size) == (str(folder), 32)
+    assert "BN206" in codes(found.findings)
+    assert found.report.running.accuracy is None  # the network tells no names of classes

@@ -154,7 +154,7 @@ def test_the_worst_mistakes_are_kept_over_batches_and_ranks():
     for part in torch.arange(40).split(7):
         kept.add(images[part], logits[part], labels[part], indices[part])
     kept.merge()
-    assert [each.index for each in kept.worst] == indices[expected].tolist()
+    assert [each.number for each in kept.worst] == indices[expected].tolist()
     for each, number in zip(kept.worst, expected, strict=True):
         assert torch.equal(each.image, images[number])
         assert each.predicted == int(logits[number].argmax())
