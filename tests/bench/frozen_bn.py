@@ -31,6 +31,7 @@ from tests.bn.models import randomise
 MODELS = ("resnet50", "resnet18", "efficientnet_b0", "regnety_008", "mobilenetv3_large_100", "densenet121")
 NO_NORM = "no norm"
 TRAINING = "training BN"
+FOLDED = "folded"
 OTHERWISE = (NO_NORM, TRAINING)
 """What does not compute what eval-mode BN does, nor should."""
 
@@ -82,20 +83,22 @@ VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "timm freeze (affine frozen)": freeze_batch_norm_2d,
     "torchvision (affine frozen)": torchvision_frozen,
     "mmengine": mmengine_folded,
-    "folded": lambda model: fold_bn(freeze_bn(model, affine=False)),
+    FOLDED: lambda model: fold_bn(freeze_bn(model, affine=False)),
     "folded, affine frozen": lambda model: fold_bn(freeze_bn(model)),
 }
 
 
-def variants_of(model: nn.Module, images: torch.Tensor) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def variants_of(
+    model: nn.Module, images: torch.Tensor, names: Sequence[str]
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The variants that compute what eval-mode BN does, and why the others are left out."""
     with torch.no_grad():
         truth = eval_mode(copy.deepcopy(model))(images)
     built: dict[str, nn.Module] = {}
     left_out: dict[str, str] = {}
-    for name, make in VARIANTS.items():
+    for name in names:
         try:
-            variant = make(copy.deepcopy(model))
+            variant = VARIANTS[name](copy.deepcopy(model))
             with torch.no_grad():
                 error = float((variant(images) - truth).abs().max() / truth.abs().max())
         except Exception as reason:
@@ -134,19 +137,19 @@ def peak_memory(step: Callable[[], None]) -> int:
     return max(accumulate(count for _, count in events))
 
 
-def measure(name: str, batch: int, size: int, rounds: int) -> dict[str, Any]:
+def measure(name: str, batch: int, size: int, rounds: int, variants: Sequence[str]) -> dict[str, Any]:
     """Times and counts every variant of one model, and prints the table."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     torch.manual_seed(0)
     model = randomise(timm.create_model(name)).to(device, memory_format=layout).train()
     images = torch.randn(batch, 3, size, size, device=device).to(memory_format=layout)
-    models, left_out = variants_of(model, images)
+    models, left_out = variants_of(model, images, variants)
     steps = {variant: step_of(module, images) for variant, module in models.items()}
     kept = {variant: bytes_kept(module, images) for variant, module in models.items()}
     peaks = {variant: peak_memory(step) for variant, step in steps.items()}
     timings = compare(steps, baseline=NO_NORM, rounds=rounds, warmup=1)
-    report = fold_report(models["folded"])
+    report = fold_report(models[FOLDED])
     pairs = f"{len(report.folded)} of {len(report)} BN layers folded"
     print(table(f"{name}, batch {batch} of {size}x{size} on {device}, {rounds} rounds; {pairs}", timings))
     for variant in models:
@@ -172,11 +175,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=160, help="side of the images")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", nargs="+", default=list(VARIANTS), help="of the candidates, only these")
     parser.add_argument("--record", action="store_true", help="keep the figures for docs/benchmarks.md")
     options = parser.parse_args(arguments)
     torch.set_flush_denormal(True)  # without norm, activations shrink to where the CPU is slow
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    for name in options.models:
-        figures = measure(name, options.batch, options.size, options.rounds)
+    for model in options.models:
+        chosen = [name for name in VARIANTS if name in (NO_NORM, FOLDED, *options.peers)]
+        figures = measure(model, options.batch, options.size, options.rounds, chosen)
         if options.record:
-            record("frozen_bn", f"{name} on {where}", figures)
+            record("frozen_bn", f"{model} on {where}", figures)

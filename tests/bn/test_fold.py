@@ -222,9 +222,10 @@ def test_each_domain_folds_its_own_statistics():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(8, 32), (1, 7)], ids=["s multiplies the weights", "s multiplies the outputs"])
 @NORMS
-def test_autocast_is_as_exact_as_with_eval_mode_bn(norm, dtype):
-    x, plain, model = images(8), toy(norm).eval(), folded_toy(norm)
+def test_autocast_is_as_exact_as_with_eval_mode_bn(norm, dtype, shape):
+    x, plain, model = images(*shape), toy(norm).eval(), folded_toy(norm)
     truth = outcome(copy.deepcopy(plain).double(), x.double())
     with torch.autocast("cpu", dtype):
         assert model(x).dtype == plain(x).dtype == dtype
