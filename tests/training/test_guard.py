@@ -106,7 +106,7 @@ def test_statistics_move_if_they_are_not_rolled_back(images, tmp_path, monkeypat
     assert changed[1] == {"running_mean", "running_var", "num_batches_tracked"}
 
 
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("kind", ["loss", pytest.param("gradient", marks=pytest.mark.slow)])
 def test_too_many_in_a_row_stop_the_run_and_states_from_before_stay(kind, images, tmp_path, monkeypatch):
     monkeypatch.setattr(Gradients, "compute", poison(kind, {1, 3, 4, 5}))
     options = settings(images, tmp_path / "run", **{"train.max_skipped": 3, "checkpoint.every_steps": 1})

@@ -33,15 +33,14 @@ def kill_often(nursery, options, ranks, kills, seed):
     options = {**options, "train.resume": "auto"}
     phases = ["step", "saving", "evaluation", "re-estimation"]
     while len(done) < kills:
-        phase, number = phases[len(done) % len(phases)], 0
-        if len(done) == kills - 1:
+        phase = phases[len(done) % len(phases)]
+        ahead = far_enough(options["run.dir"], len(done) / kills, updates)
+        number = rng.randrange(ahead * moments[phase] // (updates + 1) + 1)
+        if len(done) == kills - 1 or not ahead:
             phase = "finish"
             number = rng.randrange(moments[phase])
         elif len(done) % RANDOM_TIME == RANDOM_TIME - 1:
             phase = "clock"
-        else:
-            ahead = far_enough(options["run.dir"], len(done) / kills, updates)
-            number = rng.randrange(ahead * moments[phase] // (updates + 1) + 1)
         rank = 0 if phase in ("saving", "finish") else rng.randrange(ranks)  # only the first rank writes
         kill = None if phase == "clock" else Kill(phase, number, rank)
         after = rng.uniform(0.05, 0.5) if phase == "clock" else None

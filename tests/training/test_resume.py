@@ -84,6 +84,7 @@ def test_the_learning_rate_that_was_allowed_is_used(begun, monkeypatch):
     assert rates == [0.25] * 6
 
 
+@pytest.mark.slow
 def test_other_images_are_refused_unless_allowed(begun, images):
     next((images / "train/red").iterdir()).rename(images / "train/blue/another.png")
     with pytest.raises(CheckpointError, match=r"no longer holds the images that .*resume_allow=\[data.source\]"):
@@ -114,6 +115,7 @@ def test_a_folder_that_holds_something_else_is_not_taken_for_a_run(images, tmp_p
 
 
 # 24 images: two ranks of 3 with two micro-batches are 12 images per update, as are one of 6 or 4
+@pytest.mark.slow
 def test_other_ranks_go_on_with_the_same_global_batch(nursery, images, tmp_path):
     options = settings(images, tmp_path / "run", **{"checkpoint.every_steps": 1, "train.epochs": 3})
     two = {"train.batch_size": 3, "train.grad_accum": 2}
