@@ -129,8 +129,9 @@ def _page(step: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     low, mid, high = step["squares"]
     lines = [
         f"In one step of SGD from the same point, `W s` moves `s^2` times as far if W is trained: the ratio of the two "
-        f"moves deviates from `s^2` by at most {step['deviation']:.0e} of it in any channel of any layer (float64). In "
-        f"`bnf_resnet`, `s^2` runs from {low:.2g} to {high:.2g}, with median {mid:.2g}.\n",
+        f"moves deviates from `s^2` by at most {step['deviation']:.0e} of it in any channel of any layer, which is "
+        f"float32's rounding of the absorbed weights. In `bnf_resnet`, `s^2` runs from {low:.2g} to {high:.2g}, with "
+        f"median {mid:.2g}.\n",
         "| weight decay | learning rate | separate | absorbed |",
         "| --- | --- | --- | --- |",
     ]
