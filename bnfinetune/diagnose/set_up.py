@@ -41,11 +41,12 @@ def check_set_up(
     """
     if not any(is_bn_layer(module) for module in model.modules()):
         return Findings()
+    trains = updates > 0  # else no batch passes through BN, and no statistic has to warm up
+    recomputed = bool({"eval", "end"} & set(recipe.recalibrate.at))  # before they are used: no need to warm up either
     context = Context(
-        grad_accum=recipe.train.grad_accum,
-        # statistics that are computed anew before they are used have no need to warm up
-        steps=None if {"eval", "end"} & set(recipe.recalibrate.at) else updates,
-        batch_size=recipe.train.batch_size,
+        grad_accum=recipe.train.grad_accum if trains else 1,
+        steps=updates if trains and not recomputed else None,
+        batch_size=recipe.train.batch_size if trains else None,
         ranks=ranks,
         recipe_keys=True,
     )

@@ -48,6 +48,13 @@ def test_set_ups_of_shipped_recipes_are_sound(name):
     assert not judged(name)
 
 
+@pytest.mark.parametrize("name", ["adabn", "tent"])
+def test_what_trains_nothing_has_no_pitfall_of_training(name):
+    overrides = ["train.batch_size=2", "train.grad_accum=4"]
+    assert not judged(name, *overrides)
+    assert {"BN206", "BN207"} <= codes(judged("full", *overrides))
+
+
 def test_a_dry_run_of_a_sound_recipe_is_silent_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not check_recipe(load_recipe("freeze_bn", []), steps=2)
