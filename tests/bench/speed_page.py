@@ -19,6 +19,9 @@ INTRODUCTION = """\
 Every figure is a ratio of medians over alternating runs in one process, so that whatever else the machine does slows
 all candidates alike; "half of the runs" is the middle half of the ratios of single rounds. `python -m tests.bench NAME
 --record` measures again, `python -m tests.bench speed_page` writes this page.
+
+The machine had other work meanwhile, which alternation evens out only in part: candidates whose middle halves overlap
+cannot be told apart. Bytes are exact.
 """
 
 FROZEN = """\
