@@ -45,7 +45,7 @@ def open_image(raw: Mapping[str, Any] | None, where: str, max_pixels: int, short
             _check_size(image, where, max_pixels)
             if shortest is not None and shortest < min(image.size):
                 scale = shortest / min(image.size)
-                image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))  # type: ignore[arg-type]
+                image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
             return to_rgb(image)
     except (DataError, MemoryError):
         raise
