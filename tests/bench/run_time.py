@@ -20,7 +20,6 @@ from bnfinetune.training.loop import Trainer
 from tests.bench.folders import write_jpegs
 from tests.bench.results import record
 
-
 TIMED = [
     (Keeper, "_measure", "evaluation"),
     (Keeper, "_save_state", "saving"),
