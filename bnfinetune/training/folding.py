@@ -58,7 +58,7 @@ class Folding:
             yield
 
     def describe(self) -> str | None:
-        """How many layers training will fold, such as `20 of 20 BN layers`; None if none."""
+        """How many layers training will fold, as a line to print; None if none."""
         with self.training():
             report = fold_report(self.model) if self.has_bn else None
         if report is None or not report.folded:

@@ -149,6 +149,7 @@ def headline(trainer: Trainer, splits: ImageSplits, dropped: int) -> list[str]:
             else []
         ),
         f"BN     {summarise_bn(trainer.model)}",
+        *([f"       {folded}"] if (folded := trainer.folding.describe()) else []),
         *(f"       after update {phase.update}: {phase}" for phase in trainer.phases),
         *(f"group  {line}" for line in describe_groups(trainer.optimizer.param_groups)),
     ]

@@ -55,13 +55,14 @@ def saved_names(folder):
 
 
 @MODELS
-def test_a_folded_run_learns_what_an_unfolded_one_does(name, images, tmp_path, folded):
+def test_a_folded_run_learns_what_an_unfolded_one_does(name, images, tmp_path, folded, capsys):
     options = start_of(name, tmp_path) | {"optim.name": "sgd", "optim.lr": 1e-3, **QUIET}
     results = {
         fold: bnf.finetune("freeze_stats", **settings(images, tmp_path / fold, **options, **{"bn.fold": fold}))
         for fold in ("auto", "off")
     }
     layers = len(find_bn_layers(results["auto"].model))
+    assert capsys.readouterr().out.count(f"{layers} of {layers} BN layers are computed by the convolutions") == 1
     assert folded["update"] == [layers] * 15 + [0] * 15
     assert not any(folded["pause"])
     assert not fold_report(results["auto"].model).folded
