@@ -144,6 +144,8 @@ class Keeper:
             if self.unreadable:
                 self.say(f"{len(self.unreadable)} unreadable images were left out: {self.folder / UNREADABLE}")
             self.say(f"best network of update {self.trainer.progress.best_update}: {self.folder / 'best'}")
+            if mistakes is not None:
+                self.say(f"a page to look at: {self.folder / 'report.html'}")
         for tracker in self.accelerator.trackers:
             tracker.finish()
         return network, after
