@@ -297,7 +297,7 @@ class KillsItself:
     """A transform that ends the process it runs in."""
 
     def __init__(self, transform) -> None:
-        self.finish, self.erase = transform.finish, None
+        self.finish, self.erase, self.shortest = transform.finish, None, None
 
     def draw(self, image):
         os.kill(os.getpid(), signal.SIGKILL)
