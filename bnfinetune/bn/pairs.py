@@ -252,7 +252,10 @@ def example_arguments(model: nn.Module, example_input: Example | None) -> tuple[
 
 
 def _input_size(model: nn.Module) -> tuple[int, ...]:
-    """Channels, height and width that a timm model takes; its first conv knows best how many channels."""
+    """Channels, height and width that a timm model takes; its first conv knows best how many channels.
+
+    The exception is a stem that first moves blocks of 4x4 pixels into channels (TResNet's).
+    """
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     size = config.get("input_size")
     if size is None:
@@ -262,4 +265,4 @@ def _input_size(model: nn.Module) -> tuple[int, ...]:
     first = config.get("first_conv")
     modules = dict(model.named_modules())
     channels = getattr(modules.get(first) if isinstance(first, str) else None, "in_channels", size[0])
-    return (channels, *size[1:])
+    return (size[0] if channels == 16 * size[0] else channels, *size[1:])
