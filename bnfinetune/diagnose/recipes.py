@@ -21,16 +21,14 @@ from bnfinetune.diagnose.set_up import check_set_up
 from bnfinetune.diagnose.watch import watch_bn
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import diff_recipes, load_recipe
-from bnfinetune.training.backbone import build_backbone, input_config, restrict_training
-from bnfinetune.training.batches import smallest_batch
+from bnfinetune.training.backbone import input_config
 from bnfinetune.training.data.splits import load_splits
 from bnfinetune.training.evaluate import checkpoint_recipe, load_exported
 from bnfinetune.training.feed import recipe_loaders
 from bnfinetune.training.loop import Trainer
-from bnfinetune.training.norms import convert_recipe_norms
-from bnfinetune.training.phases import apply_recipe_policies
 from bnfinetune.training.recalibrate import recalibrate
-from bnfinetune.training.start import seed_ranks, start_accelerator
+from bnfinetune.training.run import assemble
+from bnfinetune.training.start import start_accelerator
 
 
 def check_recipe(recipe: Recipe, *, steps: int = 3, ignore: Sequence[str] = ()) -> Findings:
@@ -72,18 +70,7 @@ def _no_pause(*, evaluate: bool) -> None:
 
 
 def _dry_trainer(recipe: Recipe) -> Trainer:
-    accelerator = start_accelerator(recipe.train.mixed_precision)
-    splits = load_splits(recipe.data, recipe.run.seed)
-    seed_ranks(recipe.run, same_on_all=True)
-    model = build_backbone(recipe.model, splits.class_names)
-    restrict_training(model, recipe.model.trainable)
-    data_config = input_config(model, recipe.data.image_size)
-    loaders = recipe_loaders(recipe, splits, data_config, accelerator)
-    convert_recipe_norms(model, recipe.model, loaders, lambda _: None)
-    apply_recipe_policies(model, recipe, loaders.train.batches)
-    least = smallest_batch(model, data_config["input_size"], recipe.train.batch_size, loaders.train.rarest_share)
-    loaders.train.drop_remainder(least)
-    return Trainer(recipe, accelerator, model, loaders, len(splits.class_names))
+    return assemble(recipe, start_accelerator(recipe.train.mixed_precision), lambda _: None).trainer
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from rich.console import Console
@@ -83,7 +83,50 @@ def train(recipe: Recipe) -> RunResult:
 def _train(recipe: Recipe, accelerator: Accelerator, lock: RunLock) -> RunResult:
     say = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True).print
     folder = choose_run(recipe, accelerator, lock)
+    trainer, splits, data_config, dropped = assemble(recipe, accelerator, say)
 
+    seed_ranks(recipe.run, same_on_all=False)
+    source = {"computed": "as stored and trained", "source": recipe.data.source, "fingerprint": splits.fingerprint()}
+    unreadable = dict.fromkeys(splits.skipped)
+    keeper = Keeper(
+        trainer, folder, dump_recipe(recipe), splits.class_names, data_config, source, say, lock, unreadable
+    )
+    with closing(trainer.loaders):
+        found = judge(trainer)
+        before = keeper.begin([*headline(trainer, splits, dropped), *told(found)], found)
+        with features_instead_of_images(trainer, keeper.splits, source["fingerprint"], say):
+            trainer.fit(keeper.pause)
+        best, after = keeper.finish()
+    return RunResult(folder.path, recipe, before, after, best, keeper.history)
+
+
+class Assembly(NamedTuple):
+    """What a recipe comes to before its first update.
+
+    Attributes:
+        trainer: Network under its policies, loaders, optimizer and loop.
+        splits: The images.
+        data_config: timm's description of what the network takes.
+        dropped: Training images that each epoch leaves out, too few for a batch that BN can normalise.
+    """
+
+    trainer: Trainer
+    splits: ImageSplits
+    data_config: dict[str, Any]
+    dropped: int
+
+
+def assemble(recipe: Recipe, accelerator: Accelerator, say: Callable[[str], None]) -> Assembly:
+    """Load and build all that a recipe names; nothing is written.
+
+    Args:
+        recipe: The recipe.
+        accelerator: The device and ranks, from `start_accelerator`.
+        say: Told what a change of norm layers did to the network.
+
+    Raises:
+        BnFinetuneError: Its network or data cannot be used.
+    """
     splits = load_splits(recipe.data, recipe.run.seed)
     seed_ranks(recipe.run, same_on_all=True)
     model = build_backbone(recipe.model, splits.class_names)
@@ -95,20 +138,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, lock: RunLock) -> RunResult
     least = smallest_batch(model, data_config["input_size"], recipe.train.batch_size, loaders.train.rarest_share)
     dropped = loaders.train.drop_remainder(least)
     trainer = Trainer(recipe, accelerator, model, loaders, len(splits.class_names))
-
-    seed_ranks(recipe.run, same_on_all=False)
-    source = {"computed": "as stored and trained", "source": recipe.data.source, "fingerprint": splits.fingerprint()}
-    unreadable = dict.fromkeys(splits.skipped)
-    keeper = Keeper(
-        trainer, folder, dump_recipe(recipe), splits.class_names, data_config, source, say, lock, unreadable
-    )
-    with closing(loaders):
-        found = judge(trainer)
-        before = keeper.begin([*headline(trainer, splits, dropped), *told(found)], found)
-        with features_instead_of_images(trainer, keeper.splits, source["fingerprint"], say):
-            trainer.fit(keeper.pause)
-        best, after = keeper.finish()
-    return RunResult(folder.path, recipe, before, after, best, keeper.history)
+    return Assembly(trainer, splits, data_config, dropped)
 
 
 def judge(trainer: Trainer) -> Findings:

@@ -1,14 +1,17 @@
 """Small image folders and networks with known, random statistics."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bnfinetune.bn.layers import find_bn_layers
+from bnfinetune.training.loop import Trainer
 
 CLASSES = ("blue", "green", "red")
 
@@ -55,3 +58,19 @@ def bn_keys(name: str) -> dict[str, set[str]]:
     floating = {key for key, value in model.state_dict().items() if value.is_floating_point()}
     head = {key for key in floating if key.startswith(model.pretrained_cfg["classifier"])}
     return {"statistics": statistics, "affine": affine, "head": head, "other": floating - statistics - affine - head}
+
+
+@contextmanager
+def broken_off(monkeypatch, update: int):
+    """A run within this context is interrupted when it begins the update after so many, without warning."""
+    original = Trainer._update
+
+    def interrupted(self, group):
+        if self.progress.update == update:
+            raise KeyboardInterrupt
+        original(self, group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            yield

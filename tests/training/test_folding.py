@@ -12,7 +12,7 @@ from bnfinetune.bn.layers import find_bn_layers
 from bnfinetune.errors import RecipeError
 from bnfinetune.training.keeper import Keeper
 from bnfinetune.training.loop import Trainer
-from tests.training.support import write_images, write_weights
+from tests.training.support import broken_off, write_images, write_weights
 from tests.training.test_run import last_weights, settings
 
 QUIET = {"run.report": False, "run.check": "off"}
@@ -99,17 +99,8 @@ def test_what_is_folded_follows_the_phases(case, images, tmp_path, folded):
 def test_a_folded_run_goes_on_bit_for_bit(images, tmp_path, monkeypatch):
     options = {"checkpoint.every_steps": 1, "train.ema": 0.9, "evaluate.every_steps": 2, **QUIET}
     bnf.finetune("freeze_stats", **settings(images, tmp_path / "whole", **options))
-    update = Trainer._update
-
-    def interrupted(self, group):
-        if self.progress.update == 4:
-            raise KeyboardInterrupt
-        update(self, group)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_update", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            bnf.finetune("freeze_stats", **settings(images, tmp_path / "broken", **options))
+    with broken_off(monkeypatch, 4):
+        bnf.finetune("freeze_stats", **settings(images, tmp_path / "broken", **options))
     bnf.finetune("freeze_stats", **settings(images, tmp_path / "broken", **options, **{"train.resume": "auto"}))
     one, other = last_weights(tmp_path / "whole"), last_weights(tmp_path / "broken")
     assert [key for key in one if not torch.equal(one[key], other[key])] == []

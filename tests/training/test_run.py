@@ -11,8 +11,7 @@ import torch.multiprocessing as mp
 import bnfinetune as bnf
 from bnfinetune.errors import BackboneError, CheckpointError, DataError, SelectionError
 from bnfinetune.training.keeper import Keeper
-from bnfinetune.training.loop import Trainer
-from tests.training.support import CLASSES, bn_keys, exported, write_images, write_weights
+from tests.training.support import CLASSES, bn_keys, broken_off, exported, write_images, write_weights
 
 # which groups of tensors a recipe leaves bit-identical, and which it changes
 FIXED = {
@@ -126,17 +125,8 @@ def test_going_on_gives_bit_for_bit_the_uninterrupted_run(variant, images, tmp_p
     options = {"checkpoint.every_steps": 1, **VARIANTS[variant]}
     bnf.finetune("full", **settings(images, tmp_path / "whole", **options))
 
-    update = Trainer._update
-
-    def interrupted(self, group):
-        if self.progress.update == 4:
-            raise KeyboardInterrupt
-        update(self, group)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_update", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            bnf.finetune("full", **settings(images, tmp_path / "broken", **options))
+    with broken_off(monkeypatch, 4):
+        bnf.finetune("full", **settings(images, tmp_path / "broken", **options))
     torch.rand(7)  # other draws in between must not matter
     bnf.finetune("full", **settings(images, tmp_path / "broken", **options, **{"train.resume": "auto"}))
 

@@ -15,8 +15,7 @@ import bnfinetune as bnf
 from bnfinetune.errors import DataError, RecipeError
 from bnfinetune.training.evaluate import load_exported
 from bnfinetune.training.keeper import Keeper
-from bnfinetune.training.loop import Trainer
-from tests.training.support import bn_keys, exported, write_images, write_weights
+from tests.training.support import bn_keys, broken_off, exported, write_images, write_weights
 from tests.training.test_run import last_weights, settings
 
 
@@ -73,17 +72,8 @@ def test_a_stage_unfreezes_when_it_should_and_alone(images, tmp_path):
 def test_going_on_across_a_freeze_is_bit_for_bit(stop_at, images, tmp_path, monkeypatch):
     options = {"bn.freeze_after": 0.6, "checkpoint.every_steps": 1, "train.ema": 0.8}
     bnf.finetune("full", **settings(images, tmp_path / "whole", **options))
-    update = Trainer._update
-
-    def interrupted(self, group):
-        if self.progress.update == stop_at:
-            raise KeyboardInterrupt
-        update(self, group)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_update", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            bnf.finetune("full", **settings(images, tmp_path / "broken", **options))
+    with broken_off(monkeypatch, stop_at):
+        bnf.finetune("full", **settings(images, tmp_path / "broken", **options))
     bnf.finetune("full", **settings(images, tmp_path / "broken", **options), **{"train.resume": "auto"})
     one, other = last_weights(tmp_path / "whole"), last_weights(tmp_path / "broken")
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
