@@ -9,7 +9,7 @@ ConvBN Blocks"). Gradients reach W, c, g and b; nothing of activation size is ad
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,6 +28,13 @@ _PLAIN = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 _PLAIN_STEPS = (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward)
 
 
+class Normaliser(NamedTuple):
+    """What a BN layer's fixed statistics say, each (O,): `-m` and `1 / sqrt(v + e)`."""
+
+    negative_mean: Tensor
+    rstd: Tensor
+
+
 class _Terms(NamedTuple):
     """What a BN layer contributes, each (O,): `c - m`, `1 / sqrt(v + e)`, g and b."""
 
@@ -40,10 +47,8 @@ class _Terms(NamedTuple):
     def scale(self) -> Tensor:
         return self.rstd if self.gain is None else self.gain * self.rstd
 
-    @property
-    def bias(self) -> Tensor:
-        scaled = self.offset * self.scale
-        return scaled if self.shift is None else self.shift + scaled
+    def bias(self, scale: Tensor) -> Tensor:
+        return self.offset * scale if self.shift is None else torch.addcmul(self.shift, self.offset, scale)
 
 
 class _FoldParameters(torch.autograd.Function):
@@ -56,7 +61,8 @@ class _FoldParameters(torch.autograd.Function):
         weight: Tensor, offset: Tensor, rstd: Tensor, gain: Tensor | None, shift: Tensor | None, shape: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
         terms = _Terms(offset, rstd, gain, shift)
-        return weight * terms.scale.view(shape), terms.bias
+        scale = terms.scale
+        return weight * scale.view(shape), terms.bias(scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -102,13 +108,14 @@ class _ConvBN(torch.autograd.Function):
         options: _Options,
     ) -> Tensor:
         terms = _Terms(offset, rstd, gain, shift)
-        scale, bias, convolution = terms.scale, terms.bias, torch.ops.aten.convolution
+        scale, convolution = terms.scale, torch.ops.aten.convolution
+        bias = terms.bias(scale)
         ctx.options = options
-        ctx.by_output = options.positions(x, weight) <= weight[0].numel()
+        ctx.by_output = _fewer_outputs(x.shape, weight.shape, options)
         if not ctx.by_output:
             ctx.save_for_backward(x, weight, offset, rstd, gain, None)
-            return cast(Tensor, convolution(x, _times(weight, scale).to(x.dtype), bias.to(x.dtype), *options))
-        z = convolution(x, weight.to(x.dtype), None, *options)
+            return cast(Tensor, convolution(x, _in(_times(weight, scale), x.dtype), _in(bias, x.dtype), *options))
+        z = convolution(x, _in(weight, x.dtype), None, *options)
         kept = ctx.needs_input_grad[4]
         ctx.save_for_backward(x, weight, offset, rstd, gain, z if kept else None)
         return torch.addcmul(_columns(bias, z), z, _columns(scale, z), out=torch.empty_like(z) if kept else z)
@@ -117,62 +124,73 @@ class _ConvBN(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, offset, rstd, gain, z = ctx.saved_tensors
         terms = _Terms(offset, rstd, gain, None)
+        for_x, for_weight, for_offset, _, for_gain, for_shift, _ = ctx.needs_input_grad
+        # A convolution's own backward takes longer for the gradient of a bias than this sum does.
+        to_bias = _channel_sums(grad, rstd.dtype) if for_offset or for_gain or for_shift else None
         step = _backward_by_output if ctx.by_output else _backward_by_weight
-        return *step(grad, x, weight, z, terms, ctx.options, ctx.needs_input_grad[:6]), None
+        to_x, to_weight, to_scale = step(grad, x, weight, z, terms.scale, ctx.options, (for_x, for_weight, for_gain))
+        return (
+            to_x,
+            to_weight,
+            cast(Tensor, to_bias) * terms.scale if for_offset else None,
+            None,
+            rstd * torch.addcmul(cast(Tensor, to_scale), cast(Tensor, to_bias), offset) if for_gain else None,
+            to_bias if for_shift else None,
+            None,
+        )
 
 
 def _backward_by_output(
-    grad: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, terms: _Terms, options: _Options, needed: Sequence[bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    z: Tensor | None,
+    scale: Tensor,
+    options: _Options,
+    needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight, offset, rstd (None), gain and shift; z (N, O, ...) is `conv(x, W)`."""
-    for_x, for_weight, for_offset, _, for_gain, for_shift = needed
-    wide = terms.rstd.dtype
-    to_x = to_weight = to_offset = to_gain = to_shift = None
+    """Gradients of x, weight and scale, as far as needed; z (N, O, ...) is `conv(x, W)`."""
+    for_x, for_weight, for_scale = needed
+    to_x = to_weight = to_scale = None
     if for_x or for_weight:
-        scaled = grad * _columns(terms.scale, grad).to(grad.dtype)
-        to_x, to_weight, _ = options.backward(scaled, x, weight, (for_x, for_weight, False))
-    if for_offset or for_gain or for_shift:
-        to_shift = _channel_sums(grad, wide)
-    if for_offset:
-        to_offset = cast(Tensor, to_shift) * terms.scale
-    if for_gain:
+        scaled = grad * _in(_columns(scale, grad), grad.dtype)
+        to_x, to_weight = options.backward(scaled, x, weight, (for_x, for_weight))
+    if for_scale:
         if torch.is_grad_enabled():  # what was kept knows nothing of x and W
-            z = torch.ops.aten.convolution(x, weight.to(x.dtype), None, *options)
-        to_gain = terms.rstd * torch.addcmul(
-            _channel_sums(grad * cast(Tensor, z), wide), cast(Tensor, to_shift), terms.offset
-        )
-    return to_x, _in(to_weight, weight.dtype), to_offset, None, to_gain, to_shift if for_shift else None
+            z = torch.ops.aten.convolution(x, _in(weight, x.dtype), None, *options)
+        to_scale = _channel_sums(grad * cast(Tensor, z), scale.dtype)
+    return to_x, None if to_weight is None else _in(to_weight, weight.dtype), to_scale
 
 
 def _backward_by_weight(
-    grad: Tensor, x: Tensor, weight: Tensor, _: None, terms: _Terms, options: _Options, needed: Sequence[bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    _: None,
+    scale: Tensor,
+    options: _Options,
+    needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
-    """As `_backward_by_output`, from the gradients of the folded weight and bias."""
-    for_x, for_weight, for_offset, _for_rstd, for_gain, for_shift = needed
-    wide = terms.rstd.dtype
-    mask = (for_x, for_weight or for_gain, for_offset or for_gain or for_shift)
-    to_x, grad_weight, grad_bias = options.backward(grad, x, _times(weight, terms.scale), mask)
-    grad_weight, grad_bias = _in(grad_weight, wide), _in(grad_bias, wide)
-    to_weight = to_offset = to_gain = None
-    if for_gain:
-        to_scale = _row_products(cast(Tensor, grad_weight), weight.to(wide))
-        to_gain = terms.rstd * torch.addcmul(to_scale, cast(Tensor, grad_bias), terms.offset)
-    if for_offset:
-        to_offset = cast(Tensor, grad_bias) * terms.scale
-    if for_weight:
-        # what has just been computed may be overwritten, unless backward is itself recorded
-        times = _times if torch.is_grad_enabled() else _times_in_place
-        to_weight = times(cast(Tensor, grad_weight), terms.scale).to(weight.dtype)
-    return to_x, to_weight, to_offset, None, to_gain, grad_bias if for_shift else None
+    """As `_backward_by_output`, from the gradient of the folded weight."""
+    for_x, for_weight, for_scale = needed
+    to_x, to_folded = options.backward(grad, x, _times(weight, scale), (for_x, for_weight or for_scale))
+    if to_folded is None:
+        return to_x, None, None
+    to_folded = _in(to_folded, scale.dtype)
+    to_scale = _row_products(to_folded, _in(weight, scale.dtype)) if for_scale else None
+    # what has just been computed may be overwritten, unless backward is itself recorded
+    times = _times if torch.is_grad_enabled() else _times_in_place
+    return to_x, _in(times(to_folded, scale), weight.dtype) if for_weight else None, to_scale
 
 
-def _in(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
+def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype, for less than what a call of `to` costs where it is in it already."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _channel_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums (C,) of a batch (N, C, ...)."""
-    return x.sum([dim for dim in range(x.ndim) if dim != 1], dtype=dtype)
+    return x.sum((0, *range(2, x.ndim)), dtype=dtype)
 
 
 class _Options(NamedTuple):
@@ -185,16 +203,23 @@ class _Options(NamedTuple):
     output_padding: tuple[int, ...]
     groups: int
 
-    def positions(self, x: Tensor, weight: Tensor) -> int:
-        """Outputs per channel, over the whole batch."""
-        sizes = zip(x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation, strict=True)
-        return len(x) * math.prod((size + 2 * pad - gap * (k - 1) - 1) // step + 1 for size, k, step, pad, gap in sizes)
+    def positions(self, inputs: tuple[int, ...], weights: tuple[int, ...]) -> int:
+        """Outputs per channel, over the whole batch, of a batch (N, I, ...)."""
+        sizes = zip(inputs[2:], weights[2:], self.stride, self.padding, self.dilation, strict=True)
+        return inputs[0] * math.prod(
+            (size + 2 * pad - gap * (k - 1) - 1) // step + 1 for size, k, step, pad, gap in sizes
+        )
 
-    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-        """Gradients of input, weight and bias, as far as the mask asks for them."""
-        biases = [weight.shape[0]]
-        found = torch.ops.aten.convolution_backward(grad, x, weight.to(x.dtype), biases, *self, mask)
-        return cast(tuple[Tensor | None, ...], found)
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
+        """Gradients of input and weight, as far as the mask asks for them."""
+        found = torch.ops.aten.convolution_backward(grad, x, _in(weight, x.dtype), None, *self, (*mask, False))
+        return cast(tuple[Tensor | None, ...], found[:2])
+
+
+@lru_cache(maxsize=4096)
+def _fewer_outputs(inputs: tuple[int, ...], weights: tuple[int, ...], options: _Options) -> bool:
+    """Whether a convolution has at most as many outputs as weights."""
+    return options.positions(inputs, weights) <= math.prod(weights[1:])
 
 
 def _times(weight: Tensor, scale: Tensor) -> Tensor:
@@ -228,15 +253,31 @@ def _shape(conv: nn.Module, weight: Tensor) -> tuple[int, ...]:
     return tuple(-1 if dim == axis else 1 for dim in range(weight.ndim))
 
 
-def _terms(conv: nn.Module, bn: nn.Module, wide: torch.dtype) -> _Terms:
+def normaliser(bn: nn.Module, wide: torch.dtype) -> Normaliser:
+    """What the running statistics of a BN layer's present domain say, computed in `wide`.
+
+    Both are new tensors: DDP overwrites buffers at the next forward, which may precede the backward of this one.
+
+    Raises:
+        LayerError: the layer has lost its statistics.
+    """
     stats = population_of(bn)
     if stats is None:
         raise LayerError(f"a folded {native_class(bn).__name__} has lost its running statistics; set them again")
-    bias, mean = cast(Tensor | None, conv.bias), stats.mean.to(wide)
-    gain, shift = (None if tensor is None else tensor.to(wide) for tensor in affine_of(bn))
-    # Offset and rstd are new tensors: DDP overwrites buffers at the next forward, which may precede this backward.
-    rstd = (stats.var.to(wide) + cast(float, bn.eps)).rsqrt()
-    return _Terms(-mean if bias is None else bias.to(wide) - mean, rstd, gain, shift)
+    return Normaliser(-stats.mean.to(wide), (stats.var.to(wide) + cast(float, bn.eps)).rsqrt())
+
+
+def wide_dtype(conv: nn.Module) -> torch.dtype:
+    """The dtype that parameters are folded in: that of W, or float32 for half precision."""
+    return torch.promote_types(cast(Tensor, conv.weight).dtype, torch.float32)
+
+
+def _terms(conv: nn.Module, bn: nn.Module, fixed: Normaliser) -> _Terms:
+    wide = fixed.rstd.dtype
+    bias = cast(Tensor | None, conv.bias)
+    gain, shift = (None if tensor is None else _in(tensor, wide) for tensor in affine_of(bn))
+    offset = fixed.negative_mean if bias is None else _in(bias, wide) + fixed.negative_mean
+    return _Terms(offset, fixed.rstd, gain, shift)
 
 
 def fold_parameters(conv: nn.Module, bn: nn.Module, wide: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -252,8 +293,9 @@ def fold_parameters(conv: nn.Module, bn: nn.Module, wide: torch.dtype | None = N
         W, c, g and b.
     """
     weight = cast(Tensor, conv.weight)
-    wide = wide or torch.promote_types(weight.dtype, torch.float32)
-    folded, bias = _FoldParameters.apply(weight.to(wide), *_terms(conv, bn, wide), _shape(conv, weight))
+    wide = wide or wide_dtype(conv)
+    terms = _terms(conv, bn, normaliser(bn, wide))
+    folded, bias = _FoldParameters.apply(weight.to(wide), *terms, _shape(conv, weight))
     return folded.to(weight.dtype), bias.to(weight.dtype)
 
 
@@ -273,12 +315,13 @@ def is_plain(conv: nn.Module) -> bool:
     )
 
 
-def conv_bn(conv: Any, bn: nn.Module, x: Tensor) -> Tensor:
+def conv_bn(conv: Any, bn: nn.Module, fixed: Normaliser, x: Tensor) -> Tensor:
     """What a plain conv and a BN layer of fixed statistics compute, the folded parameters not kept for backward.
 
     Args:
         conv: a conv that `is_plain`.
         bn: a BN layer of its O output channels.
+        fixed: the `normaliser` of that layer, in the `wide_dtype` of the conv.
         x: (N, I, ...).
 
     Returns:
@@ -288,6 +331,5 @@ def conv_bn(conv: Any, bn: nn.Module, x: Tensor) -> Tensor:
     device = x.device.type
     if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
         x = x.to(torch.get_autocast_dtype(device))
-    terms = _terms(conv, bn, torch.promote_types(weight.dtype, torch.float32))
     options = _Options(conv.stride, conv.padding, conv.dilation, False, (0,) * (weight.ndim - 2), conv.groups)
-    return cast(Tensor, _ConvBN.apply(x, weight, *terms, options))
+    return cast(Tensor, _ConvBN.apply(x, weight, *_terms(conv, bn, fixed), options))

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from bnfinetune.bn.conv_bn import conv_bn, fold_parameters, is_plain
+from bnfinetune.bn.conv_bn import Normaliser, conv_bn, fold_parameters, is_plain, normaliser, wide_dtype
 from bnfinetune.bn.layers import BNClass, Tail, native_class, require_known
 from bnfinetune.bn.recorder import affine_of, population_of
 from bnfinetune.bn.switches import SwitchedBN, _blank_layer, change_listeners, switches_of
@@ -30,16 +30,16 @@ def run_with(conv: nn.Module, weight: Tensor, bias: Tensor, *args: Any, **kwargs
 
 
 class _Kept:
-    """Folded parameters together with what they were computed from, to see whether that has changed since."""
+    """Two tensors together with what they were computed from, to see whether that has changed since."""
 
-    def __init__(self, sources: list[Tensor], eps: float, folded: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, sources: list[Tensor], setting: tuple[Any, ...], made: tuple[Tensor, Tensor]) -> None:
         self.sources = [(tensor, tensor._version, tensor.data_ptr()) for tensor in sources]
-        self.eps = eps
-        self.folded = folded
+        self.setting = setting
+        self.made = made
 
-    def holds_for(self, sources: list[Tensor], eps: float) -> bool:
+    def holds_for(self, sources: list[Tensor], setting: tuple[Any, ...]) -> bool:
         return (
-            eps == self.eps
+            setting == self.setting
             and len(sources) == len(self.sources)
             and all(
                 now is then and now._version == version and now.data_ptr() == address
@@ -54,7 +54,8 @@ class Fold:
 
     Attributes:
         bn: the BN layer that it has taken in, not registered as a submodule.
-        kept: the folded parameters, where neither layer trains; no copy of the layer takes them along.
+        kept: the folded parameters where neither layer trains, else what the statistics say; no copy of the conv
+            takes them along.
     """
 
     bn: nn.Module
@@ -65,29 +66,35 @@ class Fold:
 
     def convolve(self, conv: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Runs the conv with folded parameters: the kept ones if neither layer trains and nothing has changed."""
+        bn = self.bn
         if _traced():
-            return run_with(conv, *fold_parameters(conv, self.bn), *args, **kwargs)
-        sources, eps = _sources(conv, self.bn), cast(float, self.bn.eps)
-        if any(tensor.requires_grad or tensor.is_inference() for tensor in sources):
-            self.kept = None
-            if is_plain(conv):
-                return conv_bn(conv, self.bn, *args, *kwargs.values())
-            return run_with(conv, *fold_parameters(conv, self.bn), *args, **kwargs)
-        if self.kept is None or not self.kept.holds_for(sources, eps):
+            return run_with(conv, *fold_parameters(conv, bn), *args, **kwargs)
+        learned = [tensor for tensor in (conv.weight, conv.bias, *affine_of(bn)) if isinstance(tensor, Tensor)]
+        if any(tensor.requires_grad for tensor in learned):
+            if not is_plain(conv):
+                return run_with(conv, *fold_parameters(conv, bn), *args, **kwargs)
+            wide = wide_dtype(conv)
+            fixed = self._keep(wide, [], lambda: normaliser(bn, wide))
+            return conv_bn(conv, bn, Normaliser(*fixed), *args, *kwargs.values())
+        return run_with(conv, *self._keep(None, learned, lambda: fold_parameters(conv, bn)), *args, **kwargs)
+
+    def _keep(
+        self, dtype: torch.dtype | None, learned: list[Tensor], make: Callable[[], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """What `make` computes from the statistics and from what was learned, kept until one of these changes."""
+        sources = [*learned, *(population_of(self.bn) or ())[:2]]
+        if any(tensor.is_inference() for tensor in sources):
+            return make()
+        setting = (dtype, self.bn.eps)
+        if self.kept is None or not self.kept.holds_for(sources, setting):
             # Inference tensors could not be used in a later forward that trains.
             with torch.inference_mode(False), torch.no_grad():
-                self.kept = _Kept(sources, eps, fold_parameters(conv, self.bn))
-        return run_with(conv, *self.kept.folded, *args, **kwargs)
+                self.kept = _Kept(sources, setting, make())
+        return self.kept.made
 
 
 def _traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
-def _sources(conv: nn.Module, bn: nn.Module) -> list[Tensor]:
-    stats = population_of(bn)
-    candidates = [conv.weight, conv.bias, *affine_of(bn), *(() if stats is None else stats[:2])]
-    return [tensor for tensor in candidates if isinstance(tensor, Tensor)]
 
 
 class _ForgetsFolds(nn.Module):
