@@ -208,10 +208,10 @@ class BN(Section):
     domain_affine: Literal["shared", "own"] | None = Field(
         default=None, description="whether domains share the affine or have their own; null: shared"
     )
-    fold: Annotated[Literal["auto", "off"], BeforeValidator(_yaml_off)] = Field(
+    fold: Annotated[Literal["auto", "always", "off"], BeforeValidator(_yaml_off)] = Field(
         default="auto",
-        description="auto: in training, layers with fixed statistics are computed by the convolutions before them, "
-        "which saves time and memory",
+        description="auto: in training, layers with fixed statistics are computed by the convolutions before them "
+        "where batches are large enough to gain by it; always: it saves memory wherever it is done",
     )
     parameterisation: Literal["separate", "absorbed"] = Field(
         default="separate",

@@ -71,7 +71,7 @@ class DriftMeter:
         if self.idle:
             return {}
         with self._accelerator.autocast():
-            drifts = layer_drifts(network, self._images.to(self._accelerator.device))
+            drifts = layer_drifts(network, self._images)
         layers = find_bn_layers(network)
         values = {
             "bn_drift": max((drift.drift for drift in drifts.values()), default=math.nan),
@@ -83,7 +83,7 @@ class DriftMeter:
         """The whole measurement of a network, trained with such batches; None where there is nothing to measure."""
         if self.idle:
             return None
-        batches = self._images.to(self._accelerator.device).split(batch_size)
+        batches = self._images.split(batch_size)
         with self._accelerator.autocast():
             return inspect_bn(network, [batch for batch in batches if len(batch) > 1] or batches, causes=0)
 
@@ -95,5 +95,5 @@ def _sample(loaders: Loaders, domain: int | None) -> Tensor:
     batch = loader.dataset.__getitems__(picks)
     if isinstance(batch, Failure):  # what needs these images will say so, on all ranks alike
         return torch.empty(0)
-    images: Tensor = batch.images
+    images: Tensor = loader.finish(batch.images)
     return images if domain is None or batch.domains is None else images[batch.domains == domain]

@@ -243,7 +243,7 @@ def _training_features(trainer: Trainer, extractor: Extractor, shelf: Shelf, fin
 def _read(loader: TrainLoader, picks: list[list[Pick]]) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels of picks, as the training loader prepares them."""
     reader: Any = loader.dataset
-    images = ImageLoader(reader, picks, workers=loader.num_workers, pin_memory=loader.pin_memory, persistent=False)
+    images = ImageLoader(reader, picks, workers=loader.num_workers, device=loader.device, persistent=False)
     with closing(images):
         yield from images
         loader.skipped.update(images.skipped)
@@ -261,7 +261,7 @@ def _key(trainer: Trainer, views: int, fingerprint: str) -> str:
     stated = [
         *(views, fingerprint, recipe.train.mixed_precision, recipe.model.name, recipe.model.kwargs),
         *(recipe.data.augment.model_dump(), reader.seed, repr(transform.geometry), transform.mode),
-        *(transform.shortest, transform.mean.tolist(), transform.std.tolist()),
+        *(transform.shortest, transform.mean, transform.std),
         *(recipe.data.on_error, recipe.data.max_pixels),
     ]
     digest.update(repr(stated).encode())

@@ -48,6 +48,6 @@ def recipe_loaders(
         seed=recipe.run.seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        device_type=accelerator.device.type,
+        device=accelerator.device,
         domains=domains_of(recipe),
     )

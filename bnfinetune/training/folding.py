@@ -1,22 +1,46 @@
 """Folding within a run: while it trains, frozen BN layers are computed by the convolutions before them.
 
 Pauses see the plain network: what is measured, recalibrated, averaged, saved and exported knows nothing of folding.
+
+A folded layer saves a pass over what it normalises and pays for some small operations on parameters, so that small
+batches lose by it. `bn.fold=auto` decides by counting, not by a clock: a run that goes on computes what it did before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnfinetune.bn.fold import fold_bn, fold_report, unfold_bn, unfolded
 from bnfinetune.bn.folded import is_foldable
 from bnfinetune.bn.layers import bn_class, find_bn_layers, is_bn_layer
+from bnfinetune.bn.pairs import evaluating
 from bnfinetune.recipe import Recipe
 from bnfinetune.training.backbone import input_config
 from bnfinetune.training.phases import sections_of
+
+WORTHWHILE = 300_000
+"""Values per BN layer and batch, on average, from which folding saves time; `python -m tests.bench fold_worth`."""
+
+
+def normalised_values(model: nn.Module, image: Tensor) -> float:
+    """How many values a BN layer of the model normalises of one image (1, C, H, W), on average over its layers."""
+    counts = []
+
+    def count(_: nn.Module, __: object, output: Tensor) -> None:
+        counts.append(output.numel())
+
+    with ExitStack() as stack:
+        for layer in find_bn_layers(model).values():
+            stack.callback(layer.register_forward_hook(count).remove)
+        stack.enter_context(evaluating(model))
+        parameter = next(model.parameters())
+        model(image.to(parameter.device, parameter.dtype))
+    return sum(counts) / max(len(counts), 1)
 
 
 class Folding:
@@ -24,14 +48,21 @@ class Folding:
 
     Args:
         model: The bare network under the recipe's policies; it is left unfolded until `training` is entered.
-        recipe: Whether to fold, and the size of images.
+        recipe: Whether to fold, and the size of batches and images.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         self.model = model
-        self.has_bn = any(is_bn_layer(module) for module in model.modules())
-        self.wanted = self.has_bn and all(section.fold == "auto" for section in sections_of(recipe))
+        has_bn = any(is_bn_layer(module) for module in model.modules())
+        modes = {section.fold for section in sections_of(recipe)}
+        self.wanted, self.always = has_bn and "off" not in modes, "always" in modes
+        self.batch_size = recipe.train.batch_size
         self.image = torch.zeros(1, *input_config(model, recipe.data.image_size)["input_size"])
+
+    @cached_property
+    def values(self) -> float:
+        """How many values a BN layer normalises of a batch, on average over the layers."""
+        return self.batch_size * normalised_values(self.model, self.image)
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -45,7 +76,7 @@ class Folding:
 
     def refresh(self) -> None:
         """Fold what can be folded now; call it after a change of policies."""
-        if self.wanted and any(bn_class(layer) and is_foldable(layer) for layer in find_bn_layers(self.model).values()):
+        if self._can_fold() and self._pays():
             fold_bn(self.model, self.image)
 
     @contextmanager
@@ -58,9 +89,22 @@ class Folding:
             yield
 
     def describe(self) -> str | None:
-        """How many layers training will fold, as a line to print; None if none."""
-        with self.training():
-            report = fold_report(self.model) if self.has_bn else None
-        if report is None or not report.folded:
+        """What training will do with frozen layers, as a line to print; None if there are none or nobody asked."""
+        if not self._can_fold():
             return None
+        if not self._pays():
+            return (
+                f"not folded into convolutions: {self.values:,.0f} values per layer and batch are too few to gain time "
+                f"(bn.fold=always: less memory)"
+            )
+        with self.training():
+            report = fold_report(self.model)
         return f"{len(report.folded)} of {len(report)} BN layers are computed by the convolutions before them"
+
+    def _can_fold(self) -> bool:
+        if not self.wanted:
+            return False
+        return any(bn_class(layer) and is_foldable(layer) for layer in find_bn_layers(self.model).values())
+
+    def _pays(self) -> bool:
+        return self.always or self.values >= WORTHWHILE

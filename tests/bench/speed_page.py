@@ -85,6 +85,7 @@ TITLES = {
     "run_time": "Where a run's time goes",
     "loop_overhead": "What the loop adds to a bare PyTorch loop",
     "two_ranks": "Two processes against one",
+    "fold_worth": "From which size of batches on folding saves time",
 }
 
 

@@ -10,6 +10,7 @@ import bnfinetune as bnf
 from bnfinetune.bn.fold import fold_report
 from bnfinetune.bn.layers import find_bn_layers
 from bnfinetune.errors import RecipeError
+from bnfinetune.training import folding
 from bnfinetune.training.keeper import Keeper
 from bnfinetune.training.loop import Trainer
 from tests.training.support import broken_off, write_images, write_weights
@@ -59,27 +60,38 @@ def test_a_folded_run_learns_what_an_unfolded_one_does(name, images, tmp_path, f
     options = start_of(name, tmp_path) | {"optim.name": "sgd", "optim.lr": 1e-3, **QUIET}
     results = {
         fold: bnf.finetune("freeze_stats", **settings(images, tmp_path / fold, **options, **{"bn.fold": fold}))
-        for fold in ("auto", "off")
+        for fold in ("always", "off")
     }
-    layers = len(find_bn_layers(results["auto"].model))
+    layers = len(find_bn_layers(results["always"].model))
     assert capsys.readouterr().out.count(f"{layers} of {layers} BN layers are computed by the convolutions") == 1
     assert folded["update"] == [layers] * 15 + [0] * 15
     assert not any(folded["pause"])
-    assert not fold_report(results["auto"].model).folded
+    assert not fold_report(results["always"].model).folded
     one, other = (last_weights(tmp_path / fold) for fold in results)
     for key in one:
         torch.testing.assert_close(one[key], other[key], rtol=1e-3, atol=1e-4)
-    assert saved_names(tmp_path / "auto") == saved_names(tmp_path / "off")
+    assert saved_names(tmp_path / "always") == saved_names(tmp_path / "off")
     metrics = [result.after["validation"] for result in results.values()]
     assert metrics[0].top1 == metrics[1].top1
     assert metrics[0].loss == pytest.approx(metrics[1].loss, rel=1e-3)
 
 
-FIXED = {"train_stats": "running", "update_stats": "none"}
+@pytest.mark.parametrize(("values", "count"), [(10137, 20), (10138, 0)])
+def test_small_batches_are_not_folded_unless_asked(values, count, images, tmp_path, folded, capsys, monkeypatch):
+    """Of an image of 32 pixels, resnet18's 20 layers normalise 50,688 values; batches have four images."""
+    monkeypatch.setattr(folding, "WORTHWHILE", values)
+    with broken_off(monkeypatch, 1):
+        bnf.finetune("freeze_stats", **settings(images, tmp_path / "run", **start_of("resnet18", tmp_path), **QUIET))
+    assert folded["update"] == [count]
+    reason = "not folded into convolutions: 10,138 values per layer and batch are too few"
+    assert (reason in capsys.readouterr().out) == (count == 0)
+
+
+FIXED = {"train_stats": "running", "update_stats": "none", "fold": "always"}
 PHASES = {
-    "freeze": ({"bn.freeze_after": 2}, ["none"] * 10 + ["all"] * 5),
+    "freeze": ({"bn.freeze_after": 2, "bn.fold": "always"}, ["none"] * 10 + ["all"] * 5),
     "unfreeze": ({"bn": [FIXED, {"layers": "layer4*", "unfreeze_after": 0.4}]}, ["all"] * 6 + ["but layer4"] * 9),
-    "statistics move": ({"bn.train_stats": "running"}, ["none"] * 15),
+    "statistics move": ({"bn.train_stats": "running", "bn.fold": "always"}, ["none"] * 15),
     "off": ({"bn": [FIXED, {"layers": "bn1", "fold": "off"}]}, ["none"] * 15),
 }
 
@@ -97,7 +109,7 @@ def test_what_is_folded_follows_the_phases(case, images, tmp_path, folded):
 
 
 def test_a_folded_run_goes_on_bit_for_bit(images, tmp_path, monkeypatch):
-    options = {"checkpoint.every_steps": 1, "train.ema": 0.9, "evaluate.every_steps": 2, **QUIET}
+    options = {"checkpoint.every_steps": 1, "train.ema": 0.9, "evaluate.every_steps": 2, "bn.fold": "always", **QUIET}
     bnf.finetune("freeze_stats", **settings(images, tmp_path / "whole", **options))
     with broken_off(monkeypatch, 4):
         bnf.finetune("freeze_stats", **settings(images, tmp_path / "broken", **options))

@@ -38,23 +38,26 @@ _STATISTICS = 5  # stream of random draws
 class ImageLoader(DataLoader[Any]):
     """A torch `DataLoader` that keeps count of unreadable images and says in one line what went wrong in a worker.
 
-    It draws nothing from torch's global generator.
+    It draws nothing from torch's global generator. Images are normalised on the device that they are for.
 
     Attributes:
         skipped: Unreadable images met so far, with the reason, in the order they were met (`data.on_error=skip`).
     """
 
-    def __init__(self, reader: ImageReader, sampler: Any, *, workers: int, pin_memory: bool, persistent: bool) -> None:
+    def __init__(
+        self, reader: ImageReader, sampler: Any, *, workers: int, device: torch.device, persistent: bool
+    ) -> None:
         super().__init__(
             reader,
             batch_sampler=sampler,
             num_workers=workers,
             collate_fn=_as_it_is,  # type: ignore[arg-type]  # the reader has assembled the batch
-            pin_memory=pin_memory,
+            pin_memory=device.type == "cuda",
             persistent_workers=persistent and workers > 0,
             generator=torch.Generator(),
             worker_init_fn=_leave_signals,
         )
+        self.device = device
         self.skipped: dict[str, None] = {}
         self._running: _BaseDataLoaderIter | None = None
 
@@ -100,7 +103,13 @@ class ImageLoader(DataLoader[Any]):
                 raise DataError(batch.message)
             self.skipped.update(dict.fromkeys(batch.skipped))
             if len(batch.labels):
-                yield self.emit(batch)
+                yield self.emit(batch._replace(images=self.finish(batch.images)))
+
+    def finish(self, images: Tensor) -> Tensor:
+        """The images of a `Batch` as floats (B, C, H, W) on the device."""
+        images = images.to(self.device, non_blocking=True)
+        finished: Tensor = images if images.is_floating_point() else self.dataset.transform.finish(images)  # type: ignore[attr-defined]
+        return finished
 
     def close(self) -> None:
         """End the loader's processes now; the next iteration starts new ones.
@@ -208,7 +217,7 @@ def build_loaders(
     seed: int,
     rank: int = 0,
     world_size: int = 1,
-    device_type: str = "cpu",
+    device: torch.device | str = "cpu",
     domains: Sequence[str] = (),
 ) -> Loaders:
     """Build the loaders of one rank; they are sharded already and must not be prepared by Accelerate.
@@ -222,7 +231,7 @@ def build_loaders(
         seed: Seed of order and augmentation.
         rank: Number of this process.
         world_size: Number of processes.
-        device_type: Where batches go; their memory is pinned for `cuda`.
+        device: Where images are normalised and batches of them come from; labels stay on the CPU.
         domains: Names that the domain column of the training split may hold; batches carry their positions here.
 
     Raises:
@@ -233,7 +242,7 @@ def build_loaders(
         splits,
         transforms,
         data,
-        process={"workers": workers, "pin_memory": device_type == "cuda"},
+        process={"workers": workers, "device": torch.device(device)},
         ranks={"rank": rank, "world_size": world_size},
         domains=_domain_numbers(splits, domains),
     )

@@ -1,4 +1,4 @@
-"""From picks to a batch of tensors: read, decode, augment, normalise. This is what runs in loader processes."""
+"""From picks to a batch of pixels: read, decode, augment. This is what runs in loader processes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ T = TypeVar("T", Image.Image, NDArray[np.uint8])
 
 
 class Batch(NamedTuple):
-    """What a loader process sends: images, labels, their indices, and the unreadable images it met."""
+    """What a loader process sends: images, labels, their indices, and the unreadable images it met.
+
+    Images are bytes that the transform's `finish` makes floats of on the device; floats where parts of them are erased.
+    """
 
     images: Tensor
     labels: Tensor
@@ -100,8 +103,9 @@ class ImageReader(Dataset[Any]):
         skipped: list[str] = []
         drawn = [each for pick in picks if (each := self._draw_or_skip(pick, picks, skipped)) is not None]
         used, pixels = [pick for pick, _ in drawn], [each for _, each in drawn]
-        images = self.transform.finish(pixels) if pixels else torch.empty(0)
-        if self.seed is not None and self.transform.erase is not None:
+        images = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0)
+        if self.seed is not None and self.transform.erase is not None and pixels:
+            images = self.transform.finish(images)
             for image, pick in zip(images, used, strict=True):
                 seed_draws(derive_seed(self.seed, _ERASING, pick.epoch, pick.number))
                 self.transform.erase(image)

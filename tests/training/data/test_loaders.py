@@ -12,6 +12,7 @@ from bnfinetune.errors import DataError
 from bnfinetune.recipe import Augment, Data
 from bnfinetune.training.data import Loaders, build_loaders, build_transforms, load_splits
 from bnfinetune.training.data.loaders import default_workers
+from bnfinetune.training.data.sampling import Pick
 from tests.training.data.conftest import DATA_CONFIG, write_folder
 
 STRONG = Augment(auto_augment="rand-m9-mstd0.5", random_erasing=0.5, color_jitter=0.3)
@@ -24,7 +25,7 @@ def folder(tmp_path):
 
 
 def loaders(root: Path, batch_size: int = 4, **options) -> Loaders:
-    ranks = {key: options.pop(key) for key in ("rank", "world_size") if key in options}
+    ranks = {key: options.pop(key) for key in ("rank", "world_size", "device") if key in options}
     eval_batch_size = options.pop("eval_batch_size", 5)
     data = Data(source=str(root), **({"workers": 0, "augment": STRONG} | options))
     transforms = build_transforms(data, DATA_CONFIG)
@@ -48,6 +49,17 @@ def test_batches_are_float_images_and_class_numbers(folder):
     assert (labels.dtype, tuple(labels.shape)) == (torch.int64, (4,))
     assert len(built.train) == built.train.batches == 6
     assert [len(batch[1]) for batch in built.train] == [4, 4, 4, 4, 4, 1]
+
+
+@pytest.mark.parametrize(("erasing", "sent"), [(0.0, torch.uint8), (0.5, torch.float32)])
+def test_bytes_travel_and_the_device_normalises(folder, erasing, sent):
+    """What a loader process sends, and what becomes of it: torch's `meta` device stands for any that is not the CPU."""
+    built = loaders(folder, augment=Augment(random_erasing=erasing), device="meta")
+    assert built.train.dataset.__getitems__([Pick(0, 0)]).images.dtype == sent
+    assert built.val.dataset.__getitems__([Pick(0, 0)]).images.dtype == torch.uint8
+    for loader in (built.train, built.val, built.stats, built.augmented_stats):
+        images = next(iter(loader))[0]
+        assert (images.device.type, images.dtype, images.shape[1:]) == ("meta", torch.float32, (3, 16, 16))
 
 
 def test_augmentation_is_the_same_for_any_workers_and_start(folder):

@@ -52,7 +52,7 @@ def test_augmentation_equals_timms_pipeline_from_the_same_draws():
 def test_batch_is_normalised_as_its_images_are():
     transform = build_transforms(Data(source="x"), DATA_CONFIG).eval
     images = [picture(seed) for seed in range(4)]
-    batch = transform.finish([transform.draw(image) for image in images])
+    batch = transform.finish(torch.from_numpy(np.stack([transform.draw(image) for image in images])))
     assert batch.shape == (4, 3, 16, 16)
     assert batch.is_contiguous()
     assert torch.equal(batch, torch.stack([transform(image) for image in images]))
