@@ -23,7 +23,7 @@ from bnfinetune.recipe import Recipe
 from bnfinetune.training.backbone import input_config
 from bnfinetune.training.phases import sections_of
 
-WORTHWHILE = 300_000
+WORTHWHILE = 250_000
 """Values per BN layer and batch, on average, from which folding saves time; `python -m tests.bench fold_worth`."""
 
 

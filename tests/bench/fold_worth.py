@@ -19,7 +19,7 @@ from tests.bn.models import randomise
 SETTINGS = ((1, 64), (4, 64), (16, 64), (2, 160), (4, 160), (8, 160), (16, 160))
 FOLDED, PLAIN = "folded", "eval mode"
 KINDS = {"affine learns": False, "affine frozen": True}
-WORK = 300_000  # values that one measured run normalises per layer, in as many steps as it takes
+WORK = 250_000  # values that one measured run normalises per layer, in as many steps as it takes
 
 
 def main(arguments: Sequence[str]) -> None:
