@@ -32,6 +32,7 @@ MODELS = ("resnet50", "resnet18", "efficientnet_b0", "regnety_008", "mobilenetv3
 NO_NORM = "no norm"
 TRAINING = "training BN"
 FOLDED = "folded"
+FROZEN = ", affine frozen"
 OTHERWISE = (NO_NORM, TRAINING)
 """What does not compute what eval-mode BN does, nor should."""
 
@@ -79,12 +80,12 @@ VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     NO_NORM: without_norm,
     TRAINING: nn.Module.train,
     "eval mode": eval_mode,
-    "eval mode, affine frozen": lambda model: eval_mode(model, affine=False),
-    "timm freeze (affine frozen)": freeze_batch_norm_2d,
-    "torchvision (affine frozen)": torchvision_frozen,
     "mmengine": mmengine_folded,
     FOLDED: lambda model: fold_bn(freeze_bn(model, affine=False)),
-    "folded, affine frozen": lambda model: fold_bn(freeze_bn(model)),
+    f"eval mode{FROZEN}": lambda model: eval_mode(model, affine=False),
+    f"timm freeze{FROZEN}": freeze_batch_norm_2d,
+    f"torchvision{FROZEN}": torchvision_frozen,
+    f"{FOLDED}{FROZEN}": lambda model: fold_bn(freeze_bn(model)),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from tests.bench.frozen_bn import FROZEN, OTHERWISE, VARIANTS
 from tests.bench.pages import DOCS, figure_style
 from tests.bench.results import recorded
 
@@ -24,14 +25,14 @@ The machine had other work meanwhile, which alternation evens out only in part: 
 cannot be told apart. Bytes are exact.
 """
 
-FROZEN = """\
+STEP = """\
 ## What frozen BN costs in a training step
 
 A step is forward, backward and a gradient for every parameter that trains, against the same network without any norm
 layer. *folded* is `fold_bn(freeze_bn(model, affine=False))`: statistics fixed, weight and bias learn; *folded, affine
-frozen* is `fold_bn(freeze_bn(model))`. Every candidate but the first two puts out the same numbers to 1e-3, or is left
-out. *kept* counts the bytes that autograd keeps for backward besides parameters and buffers; *peak* is the most that a
-step has allocated at once, gradients included.
+frozen* is `fold_bn(freeze_bn(model))`. timm's and torchvision's layers always freeze the affine. Every candidate but
+the first two puts out the same numbers to 1e-3, or is left out. *kept* counts the bytes that autograd keeps for
+backward besides parameters and buffers; *peak* is the most that a step has allocated at once, gradients included.
 """
 
 FAMILIES = """\
@@ -53,7 +54,9 @@ def _frozen() -> Iterable[str]:
     results = recorded("frozen_bn")
     if not results:
         return
-    yield FROZEN
+    yield STEP
+    yield _table(("", *(key.removesuffix(" on cpu") for key in results)), _ratios(results))
+    yield "In bold, the fastest of the candidates whose weight and bias learn, and of those that freeze them too."
     _plot(results)
     yield f"![Time of a training step against the same network without norm, for each network]({PLOT})"
     for key, result in results.items():
@@ -78,6 +81,22 @@ def _frozen() -> Iterable[str]:
         )
         yield from (f"Left out: {name} ({reason})." for name, reason in result["left_out"].items())
         yield _setting(result)
+
+
+def _ratios(results: dict[str, dict[str, Any]]) -> Iterable[list[str]]:
+    """A row per candidate, a column per network, the fastest of each kind in bold."""
+    times = {key: {row["name"]: row["ratio"] for row in result["rows"]} for key, result in results.items()}
+    for name in VARIANTS:
+        cells = []
+        for found in times.values():
+            rivals = [time for other, time in found.items() if other not in OTHERWISE and _kind(other) == _kind(name)]
+            best = name not in OTHERWISE and found.get(name) == min(rivals)
+            cells.append("-" if name not in found else f"**{found[name]:.3f}**" if best else f"{found[name]:.3f}")
+        yield [name, *cells]
+
+
+def _kind(name: str) -> bool:
+    return name.endswith(FROZEN)
 
 
 TITLES = {
