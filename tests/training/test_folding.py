@@ -108,8 +108,10 @@ def test_what_is_folded_follows_the_phases(case, images, tmp_path, folded):
     assert not any(folded["pause"])
 
 
-def test_a_folded_run_goes_on_bit_for_bit(images, tmp_path, monkeypatch):
+@pytest.mark.parametrize("parameterisation", ["separate", "absorbed"])
+def test_a_folded_run_goes_on_bit_for_bit(parameterisation, images, tmp_path, monkeypatch):
     options = {"checkpoint.every_steps": 1, "train.ema": 0.9, "evaluate.every_steps": 2, "bn.fold": "always", **QUIET}
+    options |= start_of("test_resnet", tmp_path) | {"bn.parameterisation": parameterisation}
     bnf.finetune("freeze_stats", **settings(images, tmp_path / "whole", **options))
     with broken_off(monkeypatch, 4):
         bnf.finetune("freeze_stats", **settings(images, tmp_path / "broken", **options))
