@@ -118,7 +118,9 @@ class _ConvBN(torch.autograd.Function):
         z = convolution(x, _in(weight, x.dtype), None, *options)
         kept = ctx.needs_input_grad[4]
         ctx.save_for_backward(x, weight, offset, rstd, gain, z if kept else None)
-        return torch.addcmul(_columns(bias, z), z, _columns(scale, z), out=torch.empty_like(z) if kept else z)
+        # on a CPU two vectorised passes take half the time of one `addcmul`, whose broadcast is not vectorised
+        scaled = torch.mul(z, _columns(scale, z), out=torch.empty_like(z) if kept else z)
+        return scaled.add_(_columns(bias, z))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -80,6 +80,9 @@ class _ScaleAndShift(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = ctx.saved_tensors
+        if grad.dtype == scale.dtype:
+            return grad * scale.view(-1, *[1] * (grad.ndim - 2)), None, None, None, None, None
+        # the fused kernel multiplies half precision by float32 without a copy
         zero, one = torch.zeros_like(scale), torch.ones_like(scale)
         return F.batch_norm(grad, zero, one, scale, None, False, 0.0, 0.0), None, None, None, None, None
 

@@ -426,6 +426,25 @@ def test_what_was_kept_in_inference_mode_serves_training_too():
     assert x.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_statistics_computed_in_inference_mode_fold(frozen):
+    model = all_frozen() if frozen else folded_toy()
+    model(images())
+    with torch.inference_mode():
+        model[1].running_var = model[1].running_var * 2
+    torch.testing.assert_close(model(images()), unfold_bn(copy.deepcopy(model))(images()), rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_that_are_widened_alone_fold_in_their_own_precision():
+    """Assigned to `data`, as some optimizers keep master weights: no method of the module learns of it."""
+    model = folded_toy()
+    model(images())
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
+    wanted = unfold_bn(copy.deepcopy(model)).double()(images().double())
+    torch.testing.assert_close(model(images().double()), wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_copies_take_nothing_kept_along():
     model = all_frozen()
     model(images())
