@@ -90,3 +90,8 @@ def test_leaves_import_neither_torch_nor_what_stands_above_them():
         "'bnfinetune.bn', 'bnfinetune.training', 'bnfinetune.diagnose', 'bnfinetune.demo'))])"
     )
     assert run_python(code).strip() == "[]"
+
+
+def test_a_run_starts_without_what_only_its_end_or_a_demo_needs():
+    late = "{'matplotlib', 'scipy.stats', 'sklearn'}"
+    assert run_python(f"import sys, bnfinetune.training.run; print({late} & set(sys.modules))").strip() == "set()"

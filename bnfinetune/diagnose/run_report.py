@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.stats import binomtest
-
 from bnfinetune.diagnose import figures
 from bnfinetune.diagnose.drift_report import FITS, DriftReport
 from bnfinetune.diagnose.finding import Finding
@@ -90,6 +88,8 @@ def _numbers(story: RunStory) -> dict[str, str]:
     numbers = {"top-1": f"{last['top1']:.1%}"}
     images = int(last.get("images", 0))
     if images:
+        from scipy.stats import binomtest  # takes a tenth of the time of all that a run imports at its start
+
         interval = binomtest(round(last["top1"] * images), images).proportion_ci(method="wilson")
         numbers[f"95% interval, {images:,} images"] = f"{interval.low:.1%} to {interval.high:.1%}"
     if "macro_f1" in last:
