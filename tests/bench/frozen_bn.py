@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -112,11 +112,14 @@ def variants_of(
     return built, left_out
 
 
-def step_of(model: nn.Module, images: torch.Tensor) -> Callable[[], None]:
-    half = torch.autocast("cuda", torch.bfloat16) if images.is_cuda else nullcontext()
+def autocast_on(images: torch.Tensor) -> AbstractContextManager[object]:
+    """bf16 autocast where images lie on a CUDA device."""
+    return torch.autocast("cuda", torch.bfloat16) if images.is_cuda else nullcontext()
 
+
+def step_of(model: nn.Module, images: torch.Tensor) -> Callable[[], None]:
     def step() -> None:
-        with half:
+        with autocast_on(images):
             loss = model(images).square().mean()
         loss.backward()
         model.zero_grad()
@@ -147,7 +150,8 @@ def measure(name: str, batch: int, size: int, rounds: int, variants: Sequence[st
     images = torch.randn(batch, 3, size, size, device=device).to(memory_format=layout)
     models, left_out = variants_of(model, images, variants)
     steps = {variant: step_of(module, images) for variant, module in models.items()}
-    kept = {variant: bytes_kept(module, images) for variant, module in models.items()}
+    with autocast_on(images):
+        kept = {variant: bytes_kept(module, images) for variant, module in models.items()}
     peaks = {variant: peak_memory(step) for variant, step in steps.items()}
     timings = compare(steps, baseline=NO_NORM, rounds=rounds, warmup=1)
     report = fold_report(models[FOLDED])
