@@ -146,7 +146,7 @@ class Extractor:
 
 
 class TrainFeatures:
-    """A training loader's batches as features (B, F, 1, 1) and labels (B,), in the loader's own order.
+    """A training loader's batches as features (B, F, 1, 1) and labels (B,), in the loader's own order and position.
 
     Args:
         loader: Whose order, position and length count.
@@ -165,7 +165,6 @@ class TrainFeatures:
         for picks in sampler:
             view, rows = picks[0].epoch % len(self.features), [pick.number for pick in picks]
             yield _as_maps(self.features[view, rows]), torch.from_numpy(self.labels[view, rows])
-        sampler.set_position(sampler.epoch + 1)
 
 
 class EvalFeatures:
