@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import socket
 import statistics
@@ -37,31 +36,54 @@ def main(arguments: Sequence[str]) -> None:
         folder = Path(name)
         write_jpegs(folder / "images", train=64, val=4, size=128)
         for recipe in options.recipes:
-            found: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
-            for _ in range(options.rounds):
-                for ranks in found:
-                    mp.spawn(_run_rank, (ranks, _free_port(), recipe, vars(options), folder), nprocs=ranks)
-                    found[ranks].append(json.loads((folder / "rank0.json").read_text()))
-            rates = {ranks: [run["rate"] for run in runs] for ranks, runs in found.items()}
-            ratios = [two / one for one, two in zip(rates[1], rates[2], strict=True)]
-            low, _, high = statistics.quantiles(ratios, n=4)
-            rows.append(
-                {
-                    "name": recipe,
-                    "one, images/s": round(statistics.median(rates[1]), 1),
-                    "two, images/s": round(statistics.median(rates[2]), 1),
-                    "ratio": statistics.median(rates[2]) / statistics.median(rates[1]),
-                    "spread": [low, high],
-                    "MB per update": round(found[2][0]["bytes"] / 1e6, 2),
-                }
-            )
+            rows.append(measure(recipe, options, folder))
+            print(rows[-1], flush=True)
     what = f"{options.model} at {options.size} px, batches of 16 per process, one thread each"
-    print(what, *rows, sep="\n")
+    print(what)
     if options.record:
         record("two_ranks", what, {"rows": rows, "rounds": options.rounds})
 
 
-def _run_rank(rank: int, ranks: int, port: int, recipe: str, options: dict[str, Any], folder: Path) -> None:
+def measure(recipe: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One process and a pair of them, all started and warm, run in turn."""
+    found: dict[int, list[dict[str, float]]] = {1: [], 2: []}
+    groups = {ranks: _start(ranks, recipe, vars(options), folder) for ranks in found}
+    for number in range(options.rounds):
+        for ranks in list(found)[:: -1 if number % 2 else 1]:
+            _, turns, results = groups[ranks]
+            for turn in turns:
+                turn.put("run")
+            found[ranks].append(results.get())
+    for processes, turns, _ in groups.values():
+        for turn in turns:
+            turn.put("end")
+        while not processes.join():
+            pass
+    rates = {ranks: [run["rate"] for run in runs] for ranks, runs in found.items()}
+    low, _, high = statistics.quantiles([two / one for one, two in zip(rates[1], rates[2], strict=True)], n=4)
+    return {
+        "name": recipe,
+        "one, images/s": round(statistics.median(rates[1]), 1),
+        "two, images/s": round(statistics.median(rates[2]), 1),
+        "ratio": statistics.median(rates[2]) / statistics.median(rates[1]),
+        "spread": [low, high],
+        "MB per update": round(found[2][0]["bytes"] / 1e6, 2),
+    }
+
+
+def _start(ranks: int, recipe: str, options: dict[str, Any], folder: Path) -> tuple[Any, list[Any], Any]:
+    """A group of processes, once they are warm, with a queue for the turns of each and one for what rank 0 finds."""
+    context = mp.get_context("spawn")
+    turns, results = [context.Queue() for _ in range(ranks)], context.Queue()
+    arguments = (ranks, _free_port(), recipe, options, folder, turns, results)
+    processes = mp.spawn(_run_rank, arguments, nprocs=ranks, join=False)
+    results.get()
+    return processes, turns, results
+
+
+def _run_rank(
+    rank: int, ranks: int, port: int, recipe: str, options: dict[str, Any], folder: Path, turns: Any, results: Any
+) -> None:
     torch.set_num_threads(1)
     if ranks > 1:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
@@ -88,13 +110,15 @@ def _run_rank(rank: int, ranks: int, port: int, recipe: str, options: dict[str, 
 
         trainer.forward.register_comm_hook(None, counting)
     fit(trainer)  # decodes the images
-    sent[0] = 0
-    begin = time.perf_counter()
-    fit(trainer)
-    seconds = time.perf_counter() - begin
     if rank == 0:
-        figures = {"rate": trainer.progress.images / seconds, "bytes": sent[0] / options["updates"]}
-        (folder / "rank0.json").write_text(json.dumps(figures))
+        results.put("warm")
+    while turns[rank].get() != "end":
+        sent[0] = 0
+        begin = time.perf_counter()
+        fit(trainer)
+        seconds = time.perf_counter() - begin
+        if rank == 0:
+            results.put({"rate": trainer.progress.images / seconds, "bytes": sent[0] / options["updates"]})
     if ranks > 1:
         torch.distributed.destroy_process_group()
 
