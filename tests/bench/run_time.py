@@ -1,4 +1,4 @@
-"""Where the time of a whole run goes: import, set-up, waiting for data, steps, evaluation, saving."""
+"""Where the time of a whole run goes: import, set-up, waiting for data, steps, evaluation, saving, its page."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ TIMED = [
     (Keeper, "_measure", "evaluation"),
     (Keeper, "_save_state", "saving"),
     (Keeper, "_export", "saving"),
+    (Keeper, "_write_page", "report"),
     (Trainer, "fit", "fit"),
 ]
 
@@ -74,8 +75,8 @@ def split(recipe: str, settings: dict[str, Any]) -> dict[str, float]:
     progress = trainers[0].progress
     spent["waiting for data"], spent["steps"] = progress.waiting, progress.seconds
     del spent["fit"]
-    named = sum(spent[key] for key in ("waiting for data", "steps", "evaluation", "saving"))
-    spent["set-up and report"] = total - named
+    named = sum(spent[key] for key in ("waiting for data", "steps", "evaluation", "saving", "report"))
+    spent["set-up"] = total - named
     spent["all"] = total + spent["import"]
     return {key: round(value, 3) for key, value in spent.items()}
 

@@ -135,7 +135,9 @@ def _shown(name: str, value: Any) -> str:
         return "-".join(f"{part:.3f}" for part in value)
     if name == "top1" or name == "share":
         return f"{value:.1%}"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    if name == "ratio":
+        return f"{value:.3f}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _families() -> Iterable[str]:

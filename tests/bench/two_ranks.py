@@ -65,7 +65,7 @@ def measure(recipe: str, options: argparse.Namespace, folder: Path) -> dict[str,
         "name": recipe,
         "one, images/s": round(statistics.median(rates[1]), 1),
         "two, images/s": round(statistics.median(rates[2]), 1),
-        "ratio": statistics.median(rates[2]) / statistics.median(rates[1]),
+        "speed-up": statistics.median(rates[2]) / statistics.median(rates[1]),
         "spread": [low, high],
         "MB per update": round(found[2][0]["bytes"] / 1e6, 2),
     }
