@@ -155,12 +155,15 @@ def _families() -> Iterable[str]:
 
 def _plot(results: dict[str, dict[str, Any]]) -> None:
     plt = figure_style()
-    figure, axes = plt.subplots(1, len(results), figsize=(3 * len(results), 3.6), sharey=True, squeeze=False)
+    rows = -(-len(results) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(10, 2.8 * rows), sharey=True, squeeze=False)
+    for axis in axes.flat[len(results) :]:
+        axis.set_visible(False)
     names = [row["name"] for row in next(iter(results.values()))["rows"]][::-1]
-    for axis, (key, result) in zip(axes[0], results.items(), strict=True):
-        rows = {row["name"]: row for row in result["rows"]}
+    for axis, (key, result) in zip(axes.flat, results.items(), strict=False):
+        measured = {row["name"]: row for row in result["rows"]}
         for place, name in enumerate(names):
-            if (row := rows.get(name)) is None:
+            if (row := measured.get(name)) is None:
                 continue
             low, high = row["spread"]
             axis.barh(place, row["ratio"], color="C1" if name.startswith("folded") else "C0")
