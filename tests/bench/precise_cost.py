@@ -107,11 +107,12 @@ def stopping_table(rows: list[dict[str, Any]]) -> str:
 def cost_table() -> str:
     """All models measured so far, in Markdown."""
     models = recorded("precise_cost")
-    ways = list(next(iter(models.values()))["ratios"])[1:]
+    ways = list(dict.fromkeys(way for entry in models.values() for way in list(entry["ratios"])[1:]))
     lines = ["| model | " + " | ".join(f"`{way}`" for way in ways) + " |", "| --- |" + " ---: |" * len(ways)]
     for name, entry in models.items():
-        cells = [entry["ratios"][way] for way in ways]
-        lines.append(f"| {name} | " + " | ".join(f"{c[0]:.3f} ({c[1]:.3f} to {c[2]:.3f})" for c in cells) + " |")
+        found = [entry["ratios"].get(way) for way in ways]
+        cells = ["-" if each is None else "{:.3f} ({:.3f} to {:.3f})".format(*each) for each in found]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
