@@ -22,7 +22,8 @@ all candidates alike; "half of the runs" is the middle half of the ratios of sin
 --record` measures again, `python -m tests.bench speed_page` writes this page.
 
 The machine is a virtual one whose neighbours are felt, which alternation evens out only in part: medians of candidates
-whose middle halves overlap widely may change places in another run, by up to five hundredths. Bytes are exact.
+whose middle halves overlap widely change places from run to run, by several hundredths, and once by more than a tenth.
+Bytes are exact.
 """
 
 STEP = """\
