@@ -40,7 +40,7 @@ BEST = """\
 In bold, the fastest of the candidates whose weight and bias learn, and of those that freeze them too. The more of a
 network's time goes into activations, as in those of depthwise convolutions, the more folding saves; in `resnet18`,
 where convolutions are nearly all, and in `densenet121`, of whose layers only those behind a convolution fold, it
-cannot be told from the next best.
+cannot be told from the best of the others, and may be behind it.
 """
 
 FAMILIES = """\
