@@ -125,16 +125,16 @@ class _ConvBN(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, offset, rstd, gain, z = ctx.saved_tensors
-        terms = _Terms(offset, rstd, gain, None)
+        scale = _Terms(offset, rstd, gain, None).scale
         for_x, for_weight, for_offset, _, for_gain, for_shift, _ = ctx.needs_input_grad
         # A convolution's own backward takes longer for the gradient of a bias than this sum does.
         to_bias = _channel_sums(grad, rstd.dtype) if for_offset or for_gain or for_shift else None
         step = _backward_by_output if ctx.by_output else _backward_by_weight
-        to_x, to_weight, to_scale = step(grad, x, weight, z, terms.scale, ctx.options, (for_x, for_weight, for_gain))
+        to_x, to_weight, to_scale = step(grad, x, weight, z, scale, ctx.options, (for_x, for_weight, for_gain))
         return (
             to_x,
             to_weight,
-            cast(Tensor, to_bias) * terms.scale if for_offset else None,
+            cast(Tensor, to_bias) * scale if for_offset else None,
             None,
             rstd * torch.addcmul(cast(Tensor, to_scale), cast(Tensor, to_bias), offset) if for_gain else None,
             to_bias if for_shift else None,

@@ -9,38 +9,22 @@ batches lose by it. `bn.fold=auto` decides by counting, not by a clock: a run th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bnfinetune.bn.fold import fold_bn, fold_report, unfold_bn, unfolded
 from bnfinetune.bn.folded import is_foldable
 from bnfinetune.bn.layers import bn_class, find_bn_layers, is_bn_layer
-from bnfinetune.bn.pairs import evaluating
 from bnfinetune.recipe import Recipe
 from bnfinetune.training.backbone import input_config
+from bnfinetune.training.batches import normalised_values
 from bnfinetune.training.phases import sections_of
 
 WORTHWHILE = 250_000
 """Values per BN layer and batch, on average, from which folding saves time; `python -m tests.bench fold_worth`."""
-
-
-def normalised_values(model: nn.Module, image: Tensor) -> float:
-    """How many values a BN layer of the model normalises of one image (1, C, H, W), on average over its layers."""
-    counts = []
-
-    def count(_: nn.Module, __: object, output: Tensor) -> None:
-        counts.append(output.numel())
-
-    with ExitStack() as stack:
-        for layer in find_bn_layers(model).values():
-            stack.callback(layer.register_forward_hook(count).remove)
-        stack.enter_context(evaluating(model))
-        parameter = next(model.parameters())
-        model(image.to(parameter.device, parameter.dtype))
-    return sum(counts) / max(len(counts), 1)
 
 
 class Folding:
@@ -62,7 +46,7 @@ class Folding:
     @cached_property
     def values(self) -> float:
         """How many values a BN layer normalises of a batch, on average over the layers."""
-        return self.batch_size * normalised_values(self.model, self.image)
+        return self.batch_size * normalised_values(self.model, self.image.shape[1:])
 
     @contextmanager
     def training(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ import timm
 import torch
 
 from bnfinetune.bn import fold_bn, freeze_bn
-from bnfinetune.training.folding import normalised_values
+from bnfinetune.training.batches import normalised_values
 from tests.bench.frozen_bn import eval_mode, step_of
 from tests.bench.harness import compare
 from tests.bench.results import record
@@ -44,7 +44,7 @@ def measure(name: str, batch: int, size: int, kind: str, frozen: bool, rounds: i
     torch.manual_seed(0)
     model = randomise(timm.create_model(name)).train()
     images = torch.randn(batch, 3, size, size)
-    values = batch * normalised_values(model, images[:1])
+    values = batch * normalised_values(model, images.shape[1:])
     plain = eval_mode(copy.deepcopy(model), affine=not frozen)
     folded = fold_bn(freeze_bn(copy.deepcopy(model), affine=frozen), images[:1])
     steps = {PLAIN: step_of(plain, images), FOLDED: step_of(folded, images)}
