@@ -23,9 +23,27 @@ from bnfinetune.errors import LayerError
 CONVOLUTIONS = (_ConvNd, nn.Linear)
 """What can take a BN layer in: on a batch (N, C), `nn.Linear` is a convolution of kernel size 1."""
 
-_CACHED = 2**16  # numbers
 _PLAIN = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 _PLAIN_STEPS = (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward)
+
+
+class PairParameters(NamedTuple):
+    """What a conv and a BN layer of O channels may learn: W as the conv has it, and c, g and b, each (O,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    gain: Tensor | None
+    shift: Tensor | None
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype to fold in: that of W, or float32 for half precision."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+
+def parameters_of(conv: nn.Module, bn: nn.Module) -> PairParameters:
+    """The present parameters of a conv and of a BN layer behind it."""
+    return PairParameters(cast(Tensor, conv.weight), cast(Tensor | None, conv.bias), *affine_of(bn))
 
 
 class Normaliser(NamedTuple):
@@ -108,14 +126,14 @@ class _ConvBN(torch.autograd.Function):
         options: _Options,
     ) -> Tensor:
         terms = _Terms(offset, rstd, gain, shift)
-        scale, convolution = terms.scale, torch.ops.aten.convolution
+        scale = terms.scale
         bias = terms.bias(scale)
         ctx.options = options
         ctx.by_output = _fewer_outputs(x.shape, weight.shape, options)
         if not ctx.by_output:
             ctx.save_for_backward(x, weight, offset, rstd, gain, None)
-            return cast(Tensor, convolution(x, _in(_times(weight, scale), x.dtype), _in(bias, x.dtype), *options))
-        z = convolution(x, _in(weight, x.dtype), None, *options)
+            return torch.convolution(x, _in(_times(weight, scale), x.dtype), _in(bias, x.dtype), *options)
+        z = torch.convolution(x, _in(weight, x.dtype), None, *options)
         kept = ctx.needs_input_grad[4]
         ctx.save_for_backward(x, weight, offset, rstd, gain, z if kept else None)
         # on a CPU two vectorised passes take half the time of one `addcmul`, whose broadcast is not vectorised
@@ -159,7 +177,7 @@ def _backward_by_output(
         to_x, to_weight = options.backward(scaled, x, weight, (for_x, for_weight))
     if for_scale:
         if torch.is_grad_enabled():  # what was kept knows nothing of x and W
-            z = torch.ops.aten.convolution(x, _in(weight, x.dtype), None, *options)
+            z = torch.convolution(x, _in(weight, x.dtype), None, *options)
         to_scale = _channel_sums(grad * cast(Tensor, z), scale.dtype)
     return to_x, None if to_weight is None else _in(to_weight, weight.dtype), to_scale
 
@@ -179,7 +197,7 @@ def _backward_by_weight(
     if to_folded is None:
         return to_x, None, None
     to_folded = _in(to_folded, scale.dtype)
-    to_scale = _row_products(to_folded, _in(weight, scale.dtype)) if for_scale else None
+    to_scale = (to_folded * weight).sum(tuple(range(1, weight.ndim))) if for_scale else None
     # what has just been computed may be overwritten, unless backward is itself recorded
     times = _times if torch.is_grad_enabled() else _times_in_place
     return to_x, _in(times(to_folded, scale), weight.dtype) if for_weight else None, to_scale
@@ -237,14 +255,6 @@ def _columns(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 2))
 
 
-def _row_products(a: Tensor, b: Tensor) -> Tensor:
-    """The scalar products of the rows of two tensors (O, ...), on a CPU by parts that its cache holds."""
-    order = sorted(range(1, a.ndim), key=a.stride, reverse=True)  # the order in memory: the rows are then views
-    a, b = (tensor.permute(0, *order).flatten(1) for tensor in (a, b))
-    rows = max(1, _CACHED // a.shape[1]) if a.device.type == "cpu" else len(a)
-    return torch.cat([(x * y).sum(1) for x, y in zip(a.split(rows), b.split(rows), strict=True)])
-
-
 def channel_axis(conv: nn.Module) -> int:
     """The axis of a conv's weight that runs over output channels."""
     return 1 if isinstance(conv, _ConvTransposeNd) else 0
@@ -269,17 +279,15 @@ def normaliser(bn: nn.Module, wide: torch.dtype) -> Normaliser:
     return Normaliser(-stats.mean.to(wide), (stats.var.to(wide) + cast(float, bn.eps)).rsqrt())
 
 
-def wide_dtype(conv: nn.Module) -> torch.dtype:
-    """The dtype that parameters are folded in: that of W, or float32 for half precision."""
-    return torch.promote_types(cast(Tensor, conv.weight).dtype, torch.float32)
-
-
-def _terms(conv: nn.Module, bn: nn.Module, fixed: Normaliser) -> _Terms:
+def _terms(parameters: PairParameters, fixed: Normaliser) -> _Terms:
+    _, bias, gain, shift = parameters
     wide = fixed.rstd.dtype
-    bias = cast(Tensor | None, conv.bias)
-    gain, shift = (None if tensor is None else _in(tensor, wide) for tensor in affine_of(bn))
-    offset = fixed.negative_mean if bias is None else _in(bias, wide) + fixed.negative_mean
-    return _Terms(offset, fixed.rstd, gain, shift)
+    return _Terms(
+        fixed.negative_mean if bias is None else _in(bias, wide) + fixed.negative_mean,
+        fixed.rstd,
+        None if gain is None else _in(gain, wide),
+        None if shift is None else _in(shift, wide),
+    )
 
 
 def fold_parameters(conv: nn.Module, bn: nn.Module, wide: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -294,9 +302,9 @@ def fold_parameters(conv: nn.Module, bn: nn.Module, wide: torch.dtype | None = N
         `W * s` in the shape of W, and `b + (c - m) * s` of shape (O,), both in the dtype of W and differentiable in
         W, c, g and b.
     """
-    weight = cast(Tensor, conv.weight)
-    wide = wide or wide_dtype(conv)
-    terms = _terms(conv, bn, normaliser(bn, wide))
+    parameters = parameters_of(conv, bn)
+    weight, wide = parameters.weight, wide or parameters.wide
+    terms = _terms(parameters, normaliser(bn, wide))
     folded, bias = _FoldParameters.apply(weight.to(wide), *terms, _shape(conv, weight))
     return folded.to(weight.dtype), bias.to(weight.dtype)
 
@@ -306,32 +314,32 @@ def widest_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
+@lru_cache
+def _computes_plainly(cls: Any) -> bool:
+    return getattr(cls, "forward", None) in _PLAIN and getattr(cls, "_conv_forward", None) in _PLAIN_STEPS
+
+
 def is_plain(conv: nn.Module) -> bool:
-    """Whether a conv does just what `torch.ops.aten.convolution` does, padding with zeros."""
+    """Whether a conv does just what `torch.convolution` does, padding with zeros."""
     cls: Any = native_class(conv)
-    return (
-        getattr(cls, "forward", None) in _PLAIN
-        and getattr(cls, "_conv_forward", None) in _PLAIN_STEPS
-        and conv.padding_mode == "zeros"
-        and not isinstance(conv.padding, str)
-    )
+    return _computes_plainly(cls) and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
-def conv_bn(conv: Any, bn: nn.Module, fixed: Normaliser, x: Tensor) -> Tensor:
+def conv_bn(conv: Any, parameters: PairParameters, fixed: Normaliser, x: Tensor) -> Tensor:
     """What a plain conv and a BN layer of fixed statistics compute, the folded parameters not kept for backward.
 
     Args:
         conv: a conv that `is_plain`.
-        bn: a BN layer of its O output channels.
-        fixed: the `normaliser` of that layer, in the `wide_dtype` of the conv.
+        parameters: those of the conv and of a BN layer of its O output channels.
+        fixed: the `normaliser` of that layer, in the `wide` dtype of the parameters.
         x: (N, I, ...).
 
     Returns:
         (N, O, ...), under autocast in its dtype.
     """
-    weight = conv.weight
+    weight = parameters.weight
     device = x.device.type
     if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
         x = x.to(torch.get_autocast_dtype(device))
     options = _Options(conv.stride, conv.padding, conv.dilation, False, (0,) * (weight.ndim - 2), conv.groups)
-    return cast(Tensor, _ConvBN.apply(x, weight, *_terms(conv, bn, fixed), options))
+    return cast(Tensor, _ConvBN.apply(x, weight, *_terms(parameters, fixed), options))

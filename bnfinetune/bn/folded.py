@@ -14,9 +14,9 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from bnfinetune.bn.conv_bn import Normaliser, conv_bn, fold_parameters, is_plain, normaliser, wide_dtype
+from bnfinetune.bn.conv_bn import Normaliser, conv_bn, fold_parameters, is_plain, normaliser, parameters_of
 from bnfinetune.bn.layers import BNClass, Tail, native_class, require_known
-from bnfinetune.bn.recorder import affine_of, population_of
+from bnfinetune.bn.recorder import population_of
 from bnfinetune.bn.switches import SwitchedBN, _blank_layer, change_listeners, switches_of
 
 
@@ -69,14 +69,15 @@ class Fold:
         bn = self.bn
         if _traced():
             return run_with(conv, *fold_parameters(conv, bn), *args, **kwargs)
-        learned = [tensor for tensor in (conv.weight, conv.bias, *affine_of(bn)) if isinstance(tensor, Tensor)]
-        if any(tensor.requires_grad for tensor in learned):
-            if not is_plain(conv):
-                return run_with(conv, *fold_parameters(conv, bn), *args, **kwargs)
-            wide = wide_dtype(conv)
-            fixed = self._keep(wide, [], lambda: normaliser(bn, wide))
-            return conv_bn(conv, bn, Normaliser(*fixed), *args, *kwargs.values())
-        return run_with(conv, *self._keep(None, learned, lambda: fold_parameters(conv, bn)), *args, **kwargs)
+        parameters = parameters_of(conv, bn)
+        learned = [tensor for tensor in parameters if tensor is not None]
+        if not any(tensor.requires_grad for tensor in learned):
+            return run_with(conv, *self._keep(None, learned, lambda: fold_parameters(conv, bn)), *args, **kwargs)
+        if not is_plain(conv):
+            return run_with(conv, *fold_parameters(conv, bn), *args, **kwargs)
+        wide = parameters.wide
+        fixed = self._keep(wide, [], lambda: normaliser(bn, wide))
+        return conv_bn(conv, parameters, Normaliser(*fixed), *args, *kwargs.values())
 
     def _keep(
         self, dtype: torch.dtype | None, learned: list[Tensor], make: Callable[[], tuple[Tensor, Tensor]]
