@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bnfinetune.bn.layers import native_class
+from bnfinetune.bn.normalise import normalise_by_fixed
 from bnfinetune.bn.recorder import affine_of, population_of
 from bnfinetune.errors import LayerError
 
@@ -47,10 +48,12 @@ def parameters_of(conv: nn.Module, bn: nn.Module) -> PairParameters:
 
 
 class Normaliser(NamedTuple):
-    """What a BN layer's fixed statistics say, each (O,): `-m` and `1 / sqrt(v + e)`."""
+    """What a BN layer's fixed statistics say, each (O,): `-m` and `1 / sqrt(v + e)`, and m and v themselves."""
 
     negative_mean: Tensor
     rstd: Tensor
+    mean: Tensor
+    var: Tensor
 
 
 class _Terms(NamedTuple):
@@ -109,9 +112,7 @@ class _FoldParameters(torch.autograd.Function):
 class _ConvBN(torch.autograd.Function):
     """The convolution with folded parameters, which are computed again in backward instead of being kept.
 
-    Where a layer has fewer outputs than weights, as late in a network or with few images, s multiplies the outputs
-    instead of the weights, and in backward their gradient: the same function for less memory traffic. If g trains,
-    these few outputs are kept, from before s; they are fewer than the weights.
+    Under autocast the folded weight is kept, in half precision: autocast would keep a copy of W in its place.
     """
 
     @staticmethod
@@ -127,80 +128,39 @@ class _ConvBN(torch.autograd.Function):
     ) -> Tensor:
         terms = _Terms(offset, rstd, gain, shift)
         scale = terms.scale
-        bias = terms.bias(scale)
+        folded, bias = _times(weight, scale, x.dtype), _in(terms.bias(scale), x.dtype)
         ctx.options = options
-        ctx.by_output = _fewer_outputs(x.shape, weight.shape, options)
-        if not ctx.by_output:
-            ctx.save_for_backward(x, weight, offset, rstd, gain, None)
-            return torch.convolution(x, _in(_times(weight, scale), x.dtype), _in(bias, x.dtype), *options)
-        z = torch.convolution(x, _in(weight, x.dtype), None, *options)
-        kept = ctx.needs_input_grad[4]
-        ctx.save_for_backward(x, weight, offset, rstd, gain, z if kept else None)
-        # on a CPU two vectorised passes take half the time of one `addcmul`, whose broadcast is not vectorised
-        scaled = torch.mul(z, _columns(scale, z), out=torch.empty_like(z) if kept else z)
-        return scaled.add_(_columns(bias, z))
+        ctx.save_for_backward(x, weight, offset, rstd, gain, None if x.dtype == weight.dtype else folded)
+        return torch.convolution(x, folded, bias, *options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, offset, rstd, gain, z = ctx.saved_tensors
+        x, weight, offset, rstd, gain, folded = ctx.saved_tensors
         scale = _Terms(offset, rstd, gain, None).scale
         for_x, for_weight, for_offset, _, for_gain, for_shift, _ = ctx.needs_input_grad
+        recorded = torch.is_grad_enabled()
+        if folded is None or recorded:  # what was kept knows nothing of W and g
+            folded = _times(weight, scale, x.dtype)
+        to_x, to_folded = ctx.options.backward(grad, x, folded, (for_x, for_weight or for_gain))
         # A convolution's own backward takes longer for the gradient of a bias than this sum does.
         to_bias = _channel_sums(grad, rstd.dtype) if for_offset or for_gain or for_shift else None
-        step = _backward_by_output if ctx.by_output else _backward_by_weight
-        to_x, to_weight, to_scale = step(grad, x, weight, z, scale, ctx.options, (for_x, for_weight, for_gain))
+        to_weight = to_gain = None
+        if to_folded is not None:
+            to_folded = _in(to_folded, rstd.dtype)
+            if for_gain:
+                to_scale = (to_folded * weight).sum(tuple(range(1, weight.ndim)))
+                to_gain = rstd * torch.addcmul(to_scale, cast(Tensor, to_bias), offset)
+            if for_weight:  # by now the gradient of the folded weight may be overwritten, unless this is recorded
+                to_weight = to_folded * _rows(scale, weight) if recorded else to_folded.mul_(_rows(scale, weight))
         return (
             to_x,
-            to_weight,
+            None if to_weight is None else _in(to_weight, weight.dtype),
             cast(Tensor, to_bias) * scale if for_offset else None,
             None,
-            rstd * torch.addcmul(cast(Tensor, to_scale), cast(Tensor, to_bias), offset) if for_gain else None,
+            to_gain,
             to_bias if for_shift else None,
             None,
         )
-
-
-def _backward_by_output(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    z: Tensor | None,
-    scale: Tensor,
-    options: _Options,
-    needed: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight and scale, as far as needed; z (N, O, ...) is `conv(x, W)`."""
-    for_x, for_weight, for_scale = needed
-    to_x = to_weight = to_scale = None
-    if for_x or for_weight:
-        scaled = grad * _in(_columns(scale, grad), grad.dtype)
-        to_x, to_weight = options.backward(scaled, x, weight, (for_x, for_weight))
-    if for_scale:
-        if torch.is_grad_enabled():  # what was kept knows nothing of x and W
-            z = torch.convolution(x, _in(weight, x.dtype), None, *options)
-        to_scale = _channel_sums(grad * cast(Tensor, z), scale.dtype)
-    return to_x, None if to_weight is None else _in(to_weight, weight.dtype), to_scale
-
-
-def _backward_by_weight(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    _: None,
-    scale: Tensor,
-    options: _Options,
-    needed: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, ...]:
-    """As `_backward_by_output`, from the gradient of the folded weight."""
-    for_x, for_weight, for_scale = needed
-    to_x, to_folded = options.backward(grad, x, _times(weight, scale), (for_x, for_weight or for_scale))
-    if to_folded is None:
-        return to_x, None, None
-    to_folded = _in(to_folded, scale.dtype)
-    to_scale = (to_folded * weight).sum(tuple(range(1, weight.ndim))) if for_scale else None
-    # what has just been computed may be overwritten, unless backward is itself recorded
-    times = _times if torch.is_grad_enabled() else _times_in_place
-    return to_x, _in(times(to_folded, scale), weight.dtype) if for_weight else None, to_scale
 
 
 def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -238,21 +198,21 @@ class _Options(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _fewer_outputs(inputs: tuple[int, ...], weights: tuple[int, ...], options: _Options) -> bool:
-    """Whether a convolution has at most as many outputs as weights."""
-    return options.positions(inputs, weights) <= math.prod(weights[1:])
+    """Whether a convolution has at most as many outputs as weights, but some."""
+    return 0 < options.positions(inputs, weights) <= math.prod(weights[1:])
 
 
-def _times(weight: Tensor, scale: Tensor) -> Tensor:
-    return weight * scale.view(-1, *[1] * (weight.ndim - 1))
+def _rows(values: Tensor, like: Tensor) -> Tensor:
+    """Values (O,) as they multiply a weight (O, I, ...)."""
+    return values.view(-1, *[1] * (like.ndim - 1))
 
 
-def _times_in_place(weight: Tensor, scale: Tensor) -> Tensor:
-    return weight.mul_(scale.view(-1, *[1] * (weight.ndim - 1)))
-
-
-def _columns(values: Tensor, like: Tensor) -> Tensor:
-    """Values (C,) as they multiply a batch (N, C, ...)."""
-    return values.view(-1, *[1] * (like.ndim - 2))
+def _times(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`W * s` in another dtype, where autograd does not look on in one step."""
+    product = _rows(scale, weight)
+    if weight.dtype == dtype == scale.dtype or torch.is_grad_enabled():
+        return _in(weight * product, dtype)
+    return torch.mul(weight, product, out=torch.empty_like(weight, dtype=dtype))
 
 
 def channel_axis(conv: nn.Module) -> int:
@@ -268,7 +228,7 @@ def _shape(conv: nn.Module, weight: Tensor) -> tuple[int, ...]:
 def normaliser(bn: nn.Module, wide: torch.dtype) -> Normaliser:
     """What the running statistics of a BN layer's present domain say, computed in `wide`.
 
-    Both are new tensors: DDP overwrites buffers at the next forward, which may precede the backward of this one.
+    All are new tensors: DDP overwrites buffers at the next forward, which may precede the backward of this one.
 
     Raises:
         LayerError: the layer has lost its statistics.
@@ -276,7 +236,8 @@ def normaliser(bn: nn.Module, wide: torch.dtype) -> Normaliser:
     stats = population_of(bn)
     if stats is None:
         raise LayerError(f"a folded {native_class(bn).__name__} has lost its running statistics; set them again")
-    return Normaliser(-stats.mean.to(wide), (stats.var.to(wide) + cast(float, bn.eps)).rsqrt())
+    mean, var = (tensor.to(wide, copy=True) for tensor in stats[:2])
+    return Normaliser(-mean, (var + cast(float, bn.eps)).rsqrt(), mean, var)
 
 
 def _terms(parameters: PairParameters, fixed: Normaliser) -> _Terms:
@@ -325,21 +286,30 @@ def is_plain(conv: nn.Module) -> bool:
     return _computes_plainly(cls) and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
-def conv_bn(conv: Any, parameters: PairParameters, fixed: Normaliser, x: Tensor) -> Tensor:
+def conv_bn(conv: Any, parameters: PairParameters, fixed: Normaliser, eps: float, x: Tensor) -> Tensor:
     """What a plain conv and a BN layer of fixed statistics compute, the folded parameters not kept for backward.
+
+    Where the conv has fewer outputs than weights, as late in a network or with few images, the two run one after the
+    other, as if they were not folded: that is less memory traffic, and if g trains, what is kept besides are these few
+    outputs.
 
     Args:
         conv: a conv that `is_plain`.
         parameters: those of the conv and of a BN layer of its O output channels.
         fixed: the `normaliser` of that layer, in the `wide` dtype of the parameters.
+        eps: that of the layer.
         x: (N, I, ...).
 
     Returns:
         (N, O, ...), under autocast in its dtype.
     """
     weight = parameters.weight
+    options = _Options(conv.stride, conv.padding, conv.dilation, False, (0,) * (weight.ndim - 2), conv.groups)
+    if _fewer_outputs(x.shape, weight.shape, options):
+        gain, shift = (None if tensor is None else _in(tensor, fixed.mean.dtype) for tensor in parameters[2:])
+        z = cast(Any, native_class(conv)).forward(conv, x)
+        return normalise_by_fixed(z, fixed.mean, fixed.var, gain, shift, eps)
     device = x.device.type
     if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
         x = x.to(torch.get_autocast_dtype(device))
-    options = _Options(conv.stride, conv.padding, conv.dilation, False, (0,) * (weight.ndim - 2), conv.groups)
     return cast(Tensor, _ConvBN.apply(x, weight, *_terms(parameters, fixed), options))

@@ -30,9 +30,9 @@ def run_with(conv: nn.Module, weight: Tensor, bias: Tensor, *args: Any, **kwargs
 
 
 class _Kept:
-    """Two tensors together with what they were computed from, to see whether that has changed since."""
+    """Tensors together with what they were computed from, to see whether that has changed since."""
 
-    def __init__(self, sources: list[Tensor], setting: tuple[Any, ...], made: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, sources: list[Tensor], setting: tuple[Any, ...], made: tuple[Tensor, ...]) -> None:
         self.sources = [(tensor, tensor._version, tensor.data_ptr()) for tensor in sources]
         self.setting = setting
         self.made = made
@@ -77,11 +77,11 @@ class Fold:
             return run_with(conv, *fold_parameters(conv, bn), *args, **kwargs)
         wide = parameters.wide
         fixed = self._keep(wide, [], lambda: normaliser(bn, wide))
-        return conv_bn(conv, parameters, Normaliser(*fixed), *args, *kwargs.values())
+        return conv_bn(conv, parameters, Normaliser(*fixed), cast(float, bn.eps), *args, *kwargs.values())
 
     def _keep(
-        self, dtype: torch.dtype | None, learned: list[Tensor], make: Callable[[], tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
+        self, dtype: torch.dtype | None, learned: list[Tensor], make: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
         """What `make` computes from the statistics and from what was learned, kept until one of these changes."""
         sources = [*learned, *(population_of(self.bn) or ())[:2]]
         if any(tensor.is_inference() for tensor in sources):

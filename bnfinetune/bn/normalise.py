@@ -77,7 +77,6 @@ class _ScaleAndShift(torch.autograd.Function):
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = ctx.saved_tensors
         if grad.dtype == scale.dtype:
@@ -168,8 +167,11 @@ def normalise_with(
     return _NormaliseWith.apply(x, mean, var, weight, bias, eps)  # type: ignore[no-any-return]
 
 
-def scale_and_shift(
+def normalise_by_fixed(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """`normalise_with`, differentiable in `x` alone: keeps no activation for backward, only (C,) numbers."""
-    return _ScaleAndShift.apply(x, mean, var, weight, bias, eps)  # type: ignore[no-any-return]
+    """`normalise_with` for statistics without gradient: keeps `x` for backward only if weight or bias trains."""
+    affine_learns = any(tensor is not None and tensor.requires_grad for tensor in (weight, bias))
+    if x.requires_grad and torch.is_grad_enabled() and not affine_learns:
+        return _ScaleAndShift.apply(x, mean, var, weight, bias, eps)  # type: ignore[no-any-return]
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)

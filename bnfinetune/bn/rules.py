@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnfinetune.bn.normalise import batch_moments, normalise_with, pooled_moments, scale_and_shift
+from bnfinetune.bn.normalise import batch_moments, normalise_by_fixed, normalise_with, pooled_moments
 
 if TYPE_CHECKING:
     from bnfinetune.bn.switches import SwitchedBN
@@ -77,10 +77,7 @@ def normalise_by_running(layer: SwitchedBN, x: Tensor) -> Tensor:
         layer._bn_update(stats, *_unbiased(*batch_moments(x.detach()), x.numel() // x.shape[1]))
     else:
         mean, var = stats.mean, stats.var
-    affine_learns = any(tensor is not None and tensor.requires_grad for tensor in (weight, bias))
-    if x.requires_grad and torch.is_grad_enabled() and not affine_learns:
-        return scale_and_shift(x, mean, var, weight, bias, layer.eps)
-    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, layer.eps)
+    return normalise_by_fixed(x, mean, var, weight, bias, layer.eps)
 
 
 def normalise_by_ranks(layer: SwitchedBN, x: Tensor) -> Tensor:

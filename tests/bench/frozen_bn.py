@@ -2,15 +2,15 @@
 
 Peers: BN in training, native BN in evaluation mode, timm's `freeze_batch_norm_2d`, torchvision's `FrozenBatchNorm2d`
 and mmengine's `turn_on_efficient_conv_bn_eval` (extra `bench`). A peer whose outputs differ from eval-mode BN is left
-out and named. On a CUDA device everything runs under bf16 autocast and in channels_last.
+out and named. On a CUDA device, or with `--half`, everything runs under bf16 autocast and in channels_last.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import statistics
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -23,7 +23,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from bnfinetune.bn import find_bn_layers, freeze_bn
 from bnfinetune.bn.fold import fold_bn, fold_report
 from bnfinetune.bn.layers import bn_tail
-from tests.bench.harness import compare, table
+from tests.bench.harness import Lead, lead, run_in_turn, table, timings_of
 from tests.bench.results import record
 from tests.bn.folding import bytes_kept, without_norm
 from tests.bn.models import randomise
@@ -112,14 +112,9 @@ def variants_of(
     return built, left_out
 
 
-def autocast_on(images: torch.Tensor) -> AbstractContextManager[object]:
-    """bf16 autocast where images lie on a CUDA device."""
-    return torch.autocast("cuda", torch.bfloat16) if images.is_cuda else nullcontext()
-
-
-def step_of(model: nn.Module, images: torch.Tensor) -> Callable[[], None]:
+def step_of(model: nn.Module, images: torch.Tensor, half: bool = False) -> Callable[[], None]:
     def step() -> None:
-        with autocast_on(images):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
             loss = model(images).square().mean()
         loss.backward()
         model.zero_grad()
@@ -141,24 +136,43 @@ def peak_memory(step: Callable[[], None]) -> int:
     return max(accumulate(count for _, count in events))
 
 
-def measure(name: str, batch: int, size: int, rounds: int, variants: Sequence[str]) -> dict[str, Any]:
+def leads_of(seconds: dict[str, list[float]]) -> dict[str, Lead]:
+    """Folding against the fastest of its rivals, those whose affine learns and those that freeze it."""
+    found = {}
+    for kind in ("", FROZEN):
+        rivals = [name for name in seconds if name not in (*OTHERWISE, FOLDED + kind) and is_frozen(name) == bool(kind)]
+        if rivals:
+            best = min(rivals, key=lambda name: statistics.median(seconds[name]))
+            found[FOLDED + kind] = lead(seconds, FOLDED + kind, best)
+    return found
+
+
+def is_frozen(variant: str) -> bool:
+    """Whether a variant freezes weight and bias too."""
+    return variant.endswith(FROZEN)
+
+
+def measure(name: str, batch: int, size: int, rounds: int, variants: Sequence[str], half: bool) -> dict[str, Any]:
     """Times and counts every variant of one model, and prints the table."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    layout = torch.channels_last if half else torch.contiguous_format
     torch.manual_seed(0)
     model = randomise(timm.create_model(name)).to(device, memory_format=layout).train()
     images = torch.randn(batch, 3, size, size, device=device).to(memory_format=layout)
     models, left_out = variants_of(model, images, variants)
-    steps = {variant: step_of(module, images) for variant, module in models.items()}
-    with autocast_on(images):
+    steps = {variant: step_of(module, images, half) for variant, module in models.items()}
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
         kept = {variant: bytes_kept(module, images) for variant, module in models.items()}
     peaks = {variant: peak_memory(step) for variant, step in steps.items()}
-    timings = compare(steps, baseline=NO_NORM, rounds=rounds, warmup=1)
+    seconds = run_in_turn(steps, rounds=rounds, warmup=1)
+    timings, leads = timings_of(seconds, NO_NORM), leads_of(seconds)
     report = fold_report(models[FOLDED])
     pairs = f"{len(report.folded)} of {len(report)} BN layers folded"
     print(table(f"{name}, batch {batch} of {size}x{size} on {device}, {rounds} rounds; {pairs}", timings))
     for variant in models:
         print(f"  {variant:34} kept {kept[variant] / 2**20:7.1f} MiB, peak {peaks[variant] / 2**20:7.1f} MiB")
+    for variant, against in leads.items():
+        print("  {}: {:.3f} ({:.3f} to {:.3f}) of the time of {}".format(variant, *against[1:], against.rival))
     for variant, reason in left_out.items():
         print(f"  left out: {variant} ({reason})")
     return {
@@ -170,6 +184,8 @@ def measure(name: str, batch: int, size: int, rounds: int, variants: Sequence[st
         "layers": len(report),
         "weights": sum(parameter.nbytes for parameter in model.parameters()),
         "rows": [{**t._asdict(), "kept": kept[t.name], "peak": peaks[t.name]} for t in timings],
+        "leads": {variant: against._asdict() for variant, against in leads.items()},
+        "half": half,
         "left_out": left_out,
     }
 
@@ -179,14 +195,16 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=160, help="side of the images")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=25, help="at least six")
+    parser.add_argument("--half", action="store_true", help="bf16 and channels_last on the CPU too")
     parser.add_argument("--peers", nargs="+", default=list(VARIANTS), help="of the candidates, only these")
     parser.add_argument("--record", action="store_true", help="keep the figures for docs/benchmarks.md")
     options = parser.parse_args(arguments)
     torch.set_flush_denormal(True)  # without norm, activations shrink to where the CPU is slow
-    where = "cuda" if torch.cuda.is_available() else "cpu"
+    half = options.half or torch.cuda.is_available()
+    where = "cuda" if torch.cuda.is_available() else "cpu in bf16" if half else "cpu"
     for model in options.models:
         chosen = [name for name in VARIANTS if name in (NO_NORM, FOLDED, *options.peers)]
-        figures = measure(model, options.batch, options.size, options.rounds, chosen)
+        figures = measure(model, options.batch, options.size, options.rounds, chosen, half)
         if options.record:
             record("frozen_bn", f"{model} on {where}", figures)

@@ -1,16 +1,24 @@
 """Times things against each other, in alternation, so that a busy machine slows all of them alike.
 
-With one thread on the CPU the clock counts this process's own CPU time, which others on the machine disturb less.
+With one thread on the CPU the clock counts this process's own CPU time, which others on the machine disturb less; on a
+CUDA device its own events count. Memory that is freed stays with the process: otherwise the kernel fills the same pages
+with zeros again and again, and how many depends on who ran before.
 """
 
 from __future__ import annotations
 
+import ctypes
+import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
+from scipy.stats import quantile_test
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's numbers for options of mallopt
 
 
 class Timing(NamedTuple):
@@ -29,27 +37,61 @@ class Timing(NamedTuple):
     spread: tuple[float, float]
 
 
-def compare(
-    candidates: Mapping[str, Callable[[], object]], *, baseline: str, rounds: int = 30, warmup: int = 3
-) -> list[Timing]:
-    """Runs every candidate once per round, in an order that rotates from round to round.
+class Lead(NamedTuple):
+    """One candidate's time over another's, round by round.
+
+    Attributes:
+        rival: the other.
+        ratio: the median of the rounds' ratios, below 1 where the candidate is faster.
+        low: lower end of the ratio's 95 % confidence interval, from order statistics.
+        high: its upper end.
+    """
+
+    rival: str
+    ratio: float
+    low: float
+    high: float
+
+
+def run_in_turn(
+    candidates: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 3
+) -> dict[str, list[float]]:
+    """Seconds of every candidate, once per round, in an order drawn anew for each round.
 
     Args:
         candidates: what to run, by name.
-        baseline: the name that ratios refer to.
         rounds: measured rounds.
         warmup: rounds before those.
     """
-    names = list(candidates)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    _keep_freed_memory()
+    order, draw = list(candidates), random.Random(0)
+    seconds: dict[str, list[float]] = {name: [] for name in order}
     for number in range(-warmup, rounds):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
+        draw.shuffle(order)
+        for name in order:
             elapsed = _time(candidates[name])
             if number >= 0:
                 seconds[name].append(elapsed)
-    base = seconds[baseline]
-    return [_timing(name, seconds[name], base) for name in names]
+    return seconds
+
+
+def timings_of(seconds: Mapping[str, list[float]], baseline: str) -> list[Timing]:
+    """What `run_in_turn` found, against one of the candidates."""
+    return [_timing(name, own, seconds[baseline]) for name, own in seconds.items()]
+
+
+def compare(
+    candidates: Mapping[str, Callable[[], object]], *, baseline: str, rounds: int = 30, warmup: int = 3
+) -> list[Timing]:
+    """`run_in_turn`, summed up against one of the candidates."""
+    return timings_of(run_in_turn(candidates, rounds=rounds, warmup=warmup), baseline)
+
+
+def lead(seconds: Mapping[str, list[float]], name: str, rival: str) -> Lead:
+    """How one candidate does against another; needs six rounds or more for an interval."""
+    ratios = [own / other for own, other in zip(seconds[name], seconds[rival], strict=True)]
+    interval = quantile_test(ratios, p=0.5).confidence_interval(0.95)
+    return Lead(rival, statistics.median(ratios), float(interval.low), float(interval.high))
 
 
 def _timing(name: str, own: list[float], base: list[float]) -> Timing:
@@ -60,14 +102,24 @@ def _timing(name: str, own: list[float], base: list[float]) -> Timing:
 
 def _time(run: Callable[[], object]) -> float:
     if torch.cuda.is_available():
-        clock, wait = time.perf_counter, torch.cuda.synchronize
-    else:
-        clock, wait = time.process_time if torch.get_num_threads() == 1 else time.perf_counter, int
-    wait()
-    start = clock()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    begin = clock()
     run()
-    wait()
-    return clock() - start
+    return clock() - begin
+
+
+def _keep_freed_memory() -> None:
+    """Tells glibc to give no freed memory back to the kernel; other allocators are left alone."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+            mallopt(option, 2**31 - 1)
 
 
 def table(title: str, timings: list[Timing]) -> str:
