@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bnfinetune.bn.layers import native_class
-from bnfinetune.bn.normalise import normalise_by_fixed
+from bnfinetune.bn.normalise import along, normalise_by_fixed
 from bnfinetune.bn.recorder import affine_of, population_of
 from bnfinetune.errors import LayerError
 
@@ -151,7 +151,8 @@ class _ConvBN(torch.autograd.Function):
                 to_scale = (to_folded * weight).sum(tuple(range(1, weight.ndim)))
                 to_gain = rstd * torch.addcmul(to_scale, cast(Tensor, to_bias), offset)
             if for_weight:  # by now the gradient of the folded weight may be overwritten, unless this is recorded
-                to_weight = to_folded * _rows(scale, weight) if recorded else to_folded.mul_(_rows(scale, weight))
+                rows = scale.view(along(0, weight.ndim))
+                to_weight = to_folded * rows if recorded else to_folded.mul_(rows)
         return (
             to_x,
             None if to_weight is None else _in(to_weight, weight.dtype),
@@ -202,27 +203,17 @@ def _fewer_outputs(inputs: tuple[int, ...], weights: tuple[int, ...], options: _
     return 0 < options.positions(inputs, weights) <= math.prod(weights[1:])
 
 
-def _rows(values: Tensor, like: Tensor) -> Tensor:
-    """Values (O,) as they multiply a weight (O, I, ...)."""
-    return values.view(-1, *[1] * (like.ndim - 1))
-
-
 def _times(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`W * s` in another dtype, where autograd does not look on in one step."""
-    product = _rows(scale, weight)
+    rows = scale.view(along(0, weight.ndim))
     if weight.dtype == dtype == scale.dtype or torch.is_grad_enabled():
-        return _in(weight * product, dtype)
-    return torch.mul(weight, product, out=torch.empty_like(weight, dtype=dtype))
+        return _in(weight * rows, dtype)
+    return torch.mul(weight, rows, out=torch.empty_like(weight, dtype=dtype))
 
 
 def channel_axis(conv: nn.Module) -> int:
     """The axis of a conv's weight that runs over output channels."""
     return 1 if isinstance(conv, _ConvTransposeNd) else 0
-
-
-def _shape(conv: nn.Module, weight: Tensor) -> tuple[int, ...]:
-    axis = channel_axis(conv)
-    return tuple(-1 if dim == axis else 1 for dim in range(weight.ndim))
 
 
 def normaliser(bn: nn.Module, wide: torch.dtype) -> Normaliser:
@@ -266,7 +257,7 @@ def fold_parameters(conv: nn.Module, bn: nn.Module, wide: torch.dtype | None = N
     parameters = parameters_of(conv, bn)
     weight, wide = parameters.weight, wide or parameters.wide
     terms = _terms(parameters, normaliser(bn, wide))
-    folded, bias = _FoldParameters.apply(weight.to(wide), *terms, _shape(conv, weight))
+    folded, bias = _FoldParameters.apply(weight.to(wide), *terms, along(channel_axis(conv), weight.ndim))
     return folded.to(weight.dtype), bias.to(weight.dtype)
 
 

@@ -15,6 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def along(axis: int, ndim: int) -> tuple[int, ...]:
+    """The shape in which values (C,) multiply a tensor of `ndim` dimensions whose channels run along an axis."""
+    return tuple(-1 if dim == axis else 1 for dim in range(ndim))
+
+
 class _BatchMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +85,7 @@ class _ScaleAndShift(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = ctx.saved_tensors
         if grad.dtype == scale.dtype:
-            return grad * scale.view(-1, *[1] * (grad.ndim - 2)), None, None, None, None, None
+            return grad * scale.view(along(1, grad.ndim)), None, None, None, None, None
         # the fused kernel multiplies half precision by float32 without a copy
         zero, one = torch.zeros_like(scale), torch.ones_like(scale)
         return F.batch_norm(grad, zero, one, scale, None, False, 0.0, 0.0), None, None, None, None, None

@@ -24,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from bnfinetune.bn.conv_bn import CONVOLUTIONS, channel_axis
 from bnfinetune.bn.folded import run_with
 from bnfinetune.bn.layers import unwrap, walk_modules
+from bnfinetune.bn.normalise import along
 from bnfinetune.errors import PolicyError
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -198,8 +199,7 @@ def _is_linear_in_parameters(conv: Any, args: tuple[Any, ...]) -> bool:
         plain = run_with(conv, weight, bias, *probe)
         scale = torch.rand(plain.shape[1], device=plain.device, dtype=plain.dtype) + 0.5
         shift = torch.randn_like(scale)
-        columns = (-1, *[1] * (plain.ndim - 2))
-        rows = [-1 if dim == channel_axis(conv) else 1 for dim in range(weight.ndim)]
+        rows, columns = along(channel_axis(conv), weight.ndim), along(1, plain.ndim)
         folded = run_with(
             conv, weight * scale.view(rows), shift if bias is None else torch.addcmul(shift, bias, scale), *probe
         )

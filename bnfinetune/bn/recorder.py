@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from bnfinetune.bn.layers import require_known
+from bnfinetune.bn.normalise import along
 from bnfinetune.bn.switches import RunningStats, SwitchedBN
 from bnfinetune.errors import StatisticsError
 
@@ -194,7 +195,7 @@ def _needs_rereading(x: Tensor, mean: Tensor, var: Tensor) -> bool:
 def _read_again(x: Tensor, around: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Mean and centred second moment of a batch's channels, each (C,) in float64, by distances from `around`."""
     dims = [0, *range(2, x.ndim)]
-    distances = x - around.view(-1, *[1] * (x.ndim - 2))
+    distances = x - around.view(along(1, x.ndim))
     shift, squares = distances.sum(dims), distances.square_().sum(dims)
     wide = [(t.cpu() if t.device.type == "mps" else t).double() for t in (around, shift, squares)]
     return wide[0] + wide[1] / n, wide[2] - wide[1].square() / n

@@ -23,7 +23,7 @@ from bnfinetune.training.backbone import input_config
 from bnfinetune.training.batches import normalised_values
 from bnfinetune.training.phases import sections_of
 
-WORTHWHILE = 250_000
+WORTHWHILE = 150_000
 """Values per BN layer and batch, on average, from which folding saves time; `python -m tests.bench fold_worth`."""
 
 

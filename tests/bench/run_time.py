@@ -75,8 +75,7 @@ def split(recipe: str, settings: dict[str, Any]) -> dict[str, float]:
     progress = trainers[0].progress
     spent["waiting for data"], spent["steps"] = progress.waiting, progress.seconds
     del spent["fit"]
-    named = sum(spent[key] for key in ("waiting for data", "steps", "evaluation", "saving", "report"))
-    spent["set-up"] = total - named
+    spent["set-up"] = total - (sum(spent.values()) - spent["import"])
     spent["all"] = total + spent["import"]
     return {key: round(value, 3) for key, value in spent.items()}
 

@@ -50,10 +50,10 @@ def measure(recipe: str, options: argparse.Namespace, folder: Path) -> dict[str,
     groups = {ranks: _start(ranks, recipe, vars(options), folder) for ranks in found}
     for number in range(options.rounds):
         for ranks in list(found)[:: -1 if number % 2 else 1]:
-            _, turns, results = groups[ranks]
+            processes, turns, results = groups[ranks]
             for turn in turns:
                 turn.put("run")
-            found[ranks].append(results.get())
+            found[ranks].append(_result(processes, results))
     for processes, turns, _ in groups.values():
         for turn in turns:
             turn.put("end")
@@ -77,8 +77,15 @@ def _start(ranks: int, recipe: str, options: dict[str, Any], folder: Path) -> tu
     turns, results = [context.Queue() for _ in range(ranks)], context.Queue()
     arguments = (ranks, _free_port(), recipe, options, folder, turns, results)
     processes = mp.spawn(_run_rank, arguments, nprocs=ranks, join=False)
-    results.get()
+    _result(processes, results)
     return processes, turns, results
+
+
+def _result(processes: Any, results: Any) -> Any:
+    """The next thing that rank 0 finds; a rank that fails raises here what it failed with."""
+    while results.empty():
+        processes.join(timeout=0.2)
+    return results.get()
 
 
 def _run_rank(
