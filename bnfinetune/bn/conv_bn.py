@@ -199,8 +199,8 @@ class _Options(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _fewer_outputs(inputs: tuple[int, ...], weights: tuple[int, ...], options: _Options) -> bool:
-    """Whether a convolution has at most as many outputs as weights, but some."""
-    return 0 < options.positions(inputs, weights) <= math.prod(weights[1:])
+    """Whether a convolution has at most as many outputs as weights."""
+    return options.positions(inputs, weights) <= math.prod(weights[1:])
 
 
 def _times(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

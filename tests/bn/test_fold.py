@@ -24,6 +24,7 @@ from bnfinetune.bn import (
     restore_bn,
     unfreeze_bn,
 )
+from bnfinetune.bn import conv_bn as conv_bn_arithmetic
 from bnfinetune.bn import folded as folded_layers
 from bnfinetune.bn.conv_bn import fold_parameters
 from bnfinetune.bn.fold import fold_bn, fold_report, unfold_bn, unfolded
@@ -222,7 +223,7 @@ def test_each_domain_folds_its_own_statistics():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(8, 32), (1, 7)], ids=["s multiplies the weights", "s multiplies the outputs"])
+@pytest.mark.parametrize("shape", [(8, 32), (1, 7)], ids=["as one", "one after the other"])
 @NORMS
 def test_autocast_is_as_exact_as_with_eval_mode_bn(norm, dtype, shape):
     x, plain, model = images(*shape), toy(norm).eval(), folded_toy(norm)
@@ -234,6 +235,43 @@ def test_autocast_is_as_exact_as_with_eval_mode_bn(norm, dtype, shape):
         module.forward = torch.autocast("cpu", dtype)(module.forward)
         errors[which] = relative_error({k: v.double() for k, v in outcome(module, x).items()}, truth)
     assert errors["folded"] < 1.5 * errors["plain"]
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(8, 32), (1, 7)], ids=["as one", "one after the other"])
+def test_half_precision_models_are_as_exact_as_with_eval_mode_bn(shape, affine):
+    half = images(*shape).bfloat16()
+    plain, model = (m.bfloat16() for m in (freeze_bn(toy(), affine=affine), folded_toy(affine=affine)))
+    truth = outcome(copy.deepcopy(plain).double(), half.double())
+    folded_error, plain_error = (
+        relative_error({k: v.double() for k, v in outcome(m, half).items()}, truth) for m in (model, plain)
+    )
+    assert folded_error < 1.5 * plain_error
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_under_autocast_weights_are_folded_once_a_step(monkeypatch, affine):
+    calls: list[None] = []
+    times = conv_bn_arithmetic._times
+    monkeypatch.setattr(conv_bn_arithmetic, "_times", lambda *args: calls.append(None) or times(*args))
+    model = folded_toy(affine=affine)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(images())
+    output.float().sum().backward()
+    assert len(calls) == 2
+
+
+def test_second_derivatives_under_autocast():
+    found = []
+    for model in (folded_toy(), freeze_bn(toy(), affine=False)):
+        model[2] = nn.Tanh()
+        x = images(2, 12).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(x)
+        (slope,) = torch.autograd.grad(output.float().sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert relative_error(*found) < 0.1
 
 
 def test_half_precision_models_fold_in_float32():
@@ -280,28 +318,30 @@ def test_checkpointing_of_the_backbone_and_accumulation():
     assert relative_error(*grads) < 1e-10
 
 
-def test_buffers_rewritten_between_forward_and_backward_do_no_harm():
+@pytest.mark.parametrize("shape", [(8, 32), (1, 7)], ids=["as one", "one after the other"])
+def test_buffers_rewritten_between_forward_and_backward_do_no_harm(shape):
     """As DDP does when it broadcasts buffers at a second forward."""
-    model, plain = folded_toy(), freeze_bn(toy(), affine=False)
-    wanted = outcome(plain, images())
-    output = model(images())
+    model, plain = folded_toy().double(), freeze_bn(toy(), affine=False).double()
+    wanted = outcome(plain, images(*shape).double())
+    output = model(images(*shape).double())
     for buffer in model.buffers():
         buffer.copy_(torch.ones_like(buffer))
-    (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)).sum().backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, wanted[f"{name}.grad"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(parameter.grad, wanted[f"{name}.grad"])
 
 
-@pytest.mark.parametrize("size", [7, 12], ids=["s multiplies the outputs", "s multiplies the weights"])
-def test_second_derivatives(size):
-    model = folded_toy().double()
+@pytest.mark.parametrize("size", [7, 12], ids=["one after the other", "as one"])
+@pytest.mark.parametrize("affine", [True, False])
+def test_second_derivatives(size, affine):
+    model = folded_toy(affine=affine).double()
     model[2] = nn.Tanh()
-    inputs = [p.detach().clone().requires_grad_() for p in model.parameters()]
-    names = [name for name, _ in model.named_parameters()]
+    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    inputs = [p.detach().clone().requires_grad_() for p in learned.values()]
     x = images(1, size=size).double()
 
     def run(*values: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,))
+        return torch.func.functional_call(model, dict(zip(learned, values, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
@@ -337,6 +377,26 @@ def test_backward_keeps_no_more_than_without_norm(name, affine):
         found = bytes_kept(model, x)
         assert found <= bytes_kept(bare, x) + channels
     assert found < 0.75 * bytes_kept(backbone(name).eval(), x)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("affine", [True, False])
+def test_backward_keeps_no_more_than_without_norm_under_autocast(name, affine):
+    """Autocast keeps each W in half precision; of folded layers it is `W s`, and three numbers per channel."""
+    model, bare = folded(name, affine=affine), without_norm(backbone(name))
+    layers = find_bn_layers(model).values()
+    channels = sum(4 * layer.running_mean.nbytes for layer in layers)
+    weights = 0 if affine else sum(p.nbytes for p in model.parameters() if p.ndim == 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = {which: bytes_kept(module, images(4, 160)) for which, module in (("folded", model), ("bare", bare))}
+    assert kept["folded"] <= kept["bare"] + channels + weights
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_an_empty_batch_has_gradients_of_zero(affine):
+    found = outcome(folded_toy(affine=affine), images(0))
+    assert found["x.grad"].shape == images(0).shape
+    assert all(not grad.any() for name, grad in found.items() if name.endswith("grad"))
 
 
 def test_frozen_layers_that_cannot_be_folded_keep_nothing():
