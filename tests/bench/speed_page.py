@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tests.bench.frozen_bn import FROZEN, OTHERWISE, VARIANTS
+from tests.bench.frozen_bn import FOLDED, FROZEN, OTHERWISE, VARIANTS, is_frozen
 from tests.bench.pages import DOCS, figure_style
 from tests.bench.results import recorded
 
@@ -17,13 +17,12 @@ INTRODUCTION = """\
 
 <!-- Written by python -m tests.bench speed_page from docs/benchmarks/*.json. -->
 
-Every figure is a ratio of medians over alternating runs in one process, so that whatever else the machine does slows
-all candidates alike; "half of the runs" is the middle half of the ratios of single rounds. `python -m tests.bench NAME
---record` measures again, `python -m tests.bench speed_page` writes this page.
-
-The machine is a virtual one whose neighbours are felt, which alternation evens out only in part: medians of candidates
-whose middle halves overlap widely change places from run to run, by several hundredths, and once by more than a tenth.
-Bytes are exact.
+Every figure is a ratio of medians over alternating runs in one process, in an order drawn anew for each round, so that
+whatever else the machine does slows all candidates alike; "half of the runs" is the middle half of the ratios of single
+rounds. On a CPU with one thread it is the process's own time that counts, and freed memory stays with the process, as
+with a caching allocator: otherwise the kernel's handing out of the same pages adds up to a tenth, now to one candidate
+and now to another. Bytes are exact. `python -m tests.bench NAME --record` measures again, `python -m tests.bench
+speed_page` writes this page.
 """
 
 STEP = """\
@@ -36,11 +35,16 @@ the first two puts out the same numbers to 1e-3, or is left out. *kept* counts t
 backward besides parameters and buffers; *peak* is the most that a step has allocated at once, gradients included.
 """
 
+LEADS = """\
+Folding against the fastest rival that trains the same parameters: the median of the rounds' ratios, and in brackets its
+95 % confidence interval. Below 1, folding is faster; where the interval holds 1, the two cannot be told apart here.
+"""
+
 BEST = """\
 In bold, the fastest of the candidates whose weight and bias learn, and of those that freeze them too. The more of a
-network's time goes into activations, as in those of depthwise convolutions, the more folding saves; in `resnet18`,
-where convolutions are nearly all, and in `densenet121`, of whose layers only those behind a convolution fold, it
-cannot be told from the best of the others, and may be behind it.
+network's time goes into activations, as in those of depthwise convolutions, the more folding saves. In `resnet18`,
+where convolutions are nearly all of it, there is little to save, and in `densenet121` only the layers behind a
+convolution fold.
 """
 
 FAMILIES = """\
@@ -63,32 +67,59 @@ def _frozen() -> Iterable[str]:
     if not results:
         return
     yield STEP
-    yield _table(("", *(key.removesuffix(" on cpu") for key in results)), _ratios(results))
-    yield BEST
+    places = list(dict.fromkeys(map(_place, results)))
+    for place in places:
+        here = {key.removesuffix(f" on {place}"): result for key, result in results.items() if _place(key) == place}
+        yield f"### All networks, on {place}"
+        yield _table(("", *here), _ratios(here))
+        if place == places[0]:
+            yield BEST
+        yield LEADS if place == places[0] else "Against the fastest rival:"
+        yield _table(("", *here), _leads(here))
     _plot(results)
     yield f"![Time of a training step against the same network without norm, for each network]({PLOT})"
     for key, result in results.items():
-        yield f"### {key}"
-        yield (
-            f"Batches of {result['batch']} images of {result['size']} x {result['size']}, {result['rounds']} rounds; "
-            f"{result['folded']} of {result['layers']} BN layers folded; weights {_mib(result['weights'])} MiB."
-        )
-        header = ("", "time", "half of the runs", "ms", "kept, MiB", "peak, MiB")
-        yield _table(
-            header,
+        yield from _one_network(key, result)
+
+
+def _place(key: str) -> str:
+    """What a network was measured on."""
+    return key.partition(" on ")[2]
+
+
+def _one_network(key: str, result: dict[str, Any]) -> Iterable[str]:
+    yield f"### {key}"
+    yield (
+        f"Batches of {result['batch']} images of {result['size']} x {result['size']}, {result['rounds']} rounds; "
+        f"{result['folded']} of {result['layers']} BN layers folded; weights {_mib(result['weights'])} MiB."
+    )
+    header = ("", "time", "half of the runs", "ms", "kept, MiB", "peak, MiB")
+    yield _table(
+        header,
+        (
             (
-                (
-                    row["name"],
-                    f"{row['ratio']:.3f}",
-                    "{:.3f}-{:.3f}".format(*row["spread"]),
-                    f"{row['median'] * 1e3:.0f}",
-                    *(_mib(row["kept"]), _mib(row["peak"])),
-                )
-                for row in result["rows"]
-            ),
-        )
-        yield from (f"Left out: {name} ({reason})." for name, reason in result["left_out"].items())
-        yield _setting(result)
+                row["name"],
+                f"{row['ratio']:.3f}",
+                "{:.3f}-{:.3f}".format(*row["spread"]),
+                f"{row['median'] * 1e3:.0f}",
+                *(_mib(row["kept"]), _mib(row["peak"])),
+            )
+            for row in result["rows"]
+        ),
+    )
+    yield from (f"Left out: {name} ({reason})." for name, reason in result["left_out"].items())
+    yield _setting(result)
+
+
+def _leads(results: dict[str, dict[str, Any]]) -> Iterable[list[str]]:
+    """A row per kind of folding, a column per network."""
+    for name in (FOLDED, FOLDED + FROZEN):
+        found = [result["leads"][name] for result in results.values()]
+        shown = [
+            f"{each['ratio']:.3f} ({each['low']:.3f}-{each['high']:.3f}), {each['rival'].removesuffix(FROZEN)}"
+            for each in found
+        ]
+        yield [name, *shown]
 
 
 def _ratios(results: dict[str, dict[str, Any]]) -> Iterable[list[str]]:
@@ -97,14 +128,12 @@ def _ratios(results: dict[str, dict[str, Any]]) -> Iterable[list[str]]:
     for name in VARIANTS:
         cells = []
         for found in times.values():
-            rivals = [time for other, time in found.items() if other not in OTHERWISE and _kind(other) == _kind(name)]
+            rivals = [
+                time for other, time in found.items() if other not in OTHERWISE and is_frozen(other) == is_frozen(name)
+            ]
             best = name not in OTHERWISE and found.get(name) == min(rivals)
             cells.append("-" if name not in found else f"**{found[name]:.3f}**" if best else f"{found[name]:.3f}")
         yield [name, *cells]
-
-
-def _kind(name: str) -> bool:
-    return name.endswith(FROZEN)
 
 
 TITLES = {
