@@ -3,7 +3,8 @@
     y = conv(x, W * s) + (b + (c - m) * s),    s = g / sqrt(v + e)
 
 W and c are the conv's weight and bias, g and b the BN layer's, m and v its statistics (You et al. 2024, "Tune Mode
-ConvBN Blocks"). Gradients reach W, c, g and b; nothing of activation size is added to what the conv alone keeps.
+ConvBN Blocks"). Gradients reach W, c, g and b; nothing of activation size is added to what the conv alone keeps, but for convs with
+fewer outputs than weights (`conv_bn`).
 """
 
 from __future__ import annotations
@@ -193,7 +194,7 @@ class _Options(NamedTuple):
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
         """Gradients of input and weight, as far as the mask asks for them."""
-        found = torch.ops.aten.convolution_backward(grad, x, _in(weight, x.dtype), None, *self, (*mask, False))
+        found = torch.ops.aten.convolution_backward(grad, x, weight, None, *self, (*mask, False))
         return cast(tuple[Tensor | None, ...], found[:2])
 
 

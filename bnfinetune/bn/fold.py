@@ -59,9 +59,10 @@ def fold_bn(model: nn.Module, example_input: Example | None = None) -> nn.Module
     """Folds BN layers with frozen statistics into the convs before them, in place, exactly undone by `unfold_bn`.
 
     `y = conv(x, W s) + (b + (c - m) s)` with `s = g / sqrt(v + e)`, computed from W, c, g, b in each forward (once,
-    where none of them trains). A BN layer is folded if it normalises with running statistics in training and in
-    evaluation without updating them, and every input of it is the output of a conv that goes nowhere else;
-    `fold_report` says which were, and why others were not.
+    where none of them trains). Where the conv has fewer outputs than weights, as with small batches, BN's own pass over
+    these outputs is the cheaper way to the same, and is taken. A BN layer is folded if it normalises with running
+    statistics in training and in evaluation without updating them, and every input of it is the output of a conv that
+    goes nowhere else; `fold_report` says which were, and why others were not.
 
     Pairs are found by one observed forward: evaluation mode, no gradient, the model's device and dtype; modes and
     random state are put back. Folding again starts afresh.
