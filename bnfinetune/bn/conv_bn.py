@@ -3,8 +3,8 @@
     y = conv(x, W * s) + (b + (c - m) * s),    s = g / sqrt(v + e)
 
 W and c are the conv's weight and bias, g and b the BN layer's, m and v its statistics (You et al. 2024, "Tune Mode
-ConvBN Blocks"). Gradients reach W, c, g and b; nothing of activation size is added to what the conv alone keeps, but for convs with
-fewer outputs than weights (`conv_bn`).
+ConvBN Blocks"). Gradients reach W, c, g and b; nothing of activation size is added to what the conv alone keeps,
+but for convs with fewer outputs than weights (`conv_bn`).
 """
 
 from __future__ import annotations
