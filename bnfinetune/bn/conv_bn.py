@@ -3,8 +3,8 @@
     y = conv(x, W * s) + (b + (c - m) * s),    s = g / sqrt(v + e)
 
 W and c are the conv's weight and bias, g and b the BN layer's, m and v its statistics (You et al. 2024, "Tune Mode
-ConvBN Blocks"). Gradients reach W, c, g and b; nothing of activation size is added to what the conv alone keeps,
-but for convs with fewer outputs than weights (`conv_bn`).
+ConvBN Blocks"). Gradients reach W, c, g and b by autograd; what the conv keeps for backward is `W * s` in place of W,
+and nothing of activation size besides.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from bnfinetune.errors import LayerError
 CONVOLUTIONS = (_ConvNd, nn.Linear)
 """What can take a BN layer in: on a batch (N, C), `nn.Linear` is a convolution of kernel size 1."""
 
-_PLAIN = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-_PLAIN_STEPS = (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward)
+_FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+_STEPS = (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward)
 
 
 class PairParameters(NamedTuple):
@@ -49,172 +49,12 @@ def parameters_of(conv: nn.Module, bn: nn.Module) -> PairParameters:
 
 
 class Normaliser(NamedTuple):
-    """What a BN layer's fixed statistics say, each (O,): `-m` and `1 / sqrt(v + e)`, and m and v themselves."""
+    """What a BN layer's fixed statistics say, each (O,): m and v, `-m` and `1 / sqrt(v + e)`."""
 
-    negative_mean: Tensor
-    rstd: Tensor
     mean: Tensor
     var: Tensor
-
-
-class _Terms(NamedTuple):
-    """What a BN layer contributes, each (O,): `c - m`, `1 / sqrt(v + e)`, g and b."""
-
-    offset: Tensor
+    negative_mean: Tensor
     rstd: Tensor
-    gain: Tensor | None
-    shift: Tensor | None
-
-    @property
-    def scale(self) -> Tensor:
-        return self.rstd if self.gain is None else self.gain * self.rstd
-
-    def bias(self, scale: Tensor) -> Tensor:
-        return self.offset * scale if self.shift is None else torch.addcmul(self.shift, self.offset, scale)
-
-
-class _FoldParameters(torch.autograd.Function):
-    """Folded weight and bias, with half as many small kernels as autograd would run."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        weight: Tensor, offset: Tensor, rstd: Tensor, gain: Tensor | None, shift: Tensor | None, shape: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor]:
-        terms = _Terms(offset, rstd, gain, shift)
-        scale = terms.scale
-        return weight * scale.view(shape), terms.bias(scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, _, ctx.shape = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
-        weight, offset, rstd, gain = ctx.saved_tensors
-        for_weight, for_offset, _, for_gain, for_shift, _ = ctx.needs_input_grad
-        scale = rstd if gain is None else gain * rstd
-        to_gain = None
-        if for_gain:
-            dims = [dim for dim, size in enumerate(ctx.shape) if size == 1]
-            to_gain = rstd * torch.addcmul((grad_weight * weight).sum(dims), grad_bias, offset)
-        return (
-            grad_weight * scale.view(ctx.shape) if for_weight else None,
-            grad_bias * scale if for_offset else None,
-            None,
-            to_gain,
-            grad_bias if for_shift else None,
-            None,
-        )
-
-
-class _ConvBN(torch.autograd.Function):
-    """The convolution with folded parameters, which are computed again in backward instead of being kept.
-
-    Under autocast the folded weight is kept, in half precision: autocast would keep a copy of W in its place.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        offset: Tensor,
-        rstd: Tensor,
-        gain: Tensor | None,
-        shift: Tensor | None,
-        options: _Options,
-    ) -> Tensor:
-        terms = _Terms(offset, rstd, gain, shift)
-        scale = terms.scale
-        folded, bias = _times(weight, scale, x.dtype), _in(terms.bias(scale), x.dtype)
-        ctx.options = options
-        ctx.save_for_backward(x, weight, offset, rstd, gain, None if x.dtype == weight.dtype else folded)
-        return torch.convolution(x, folded, bias, *options)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, offset, rstd, gain, folded = ctx.saved_tensors
-        scale = _Terms(offset, rstd, gain, None).scale
-        for_x, for_weight, for_offset, _, for_gain, for_shift, _ = ctx.needs_input_grad
-        recorded = torch.is_grad_enabled()
-        if folded is None or recorded:  # what was kept knows nothing of W and g
-            folded = _times(weight, scale, x.dtype)
-        to_x, to_folded = ctx.options.backward(grad, x, folded, (for_x, for_weight or for_gain))
-        # A convolution's own backward takes longer for the gradient of a bias than this sum does.
-        to_bias = _channel_sums(grad, rstd.dtype) if for_offset or for_gain or for_shift else None
-        to_weight = to_gain = None
-        if to_folded is not None:
-            to_folded = _in(to_folded, rstd.dtype)
-            if for_gain:
-                to_scale = (to_folded * weight).sum(tuple(range(1, weight.ndim)))
-                to_gain = rstd * torch.addcmul(to_scale, cast(Tensor, to_bias), offset)
-            if for_weight:  # by now the gradient of the folded weight may be overwritten, unless this is recorded
-                rows = scale.view(along(0, weight.ndim))
-                to_weight = to_folded * rows if recorded else to_folded.mul_(rows)
-        return (
-            to_x,
-            None if to_weight is None else _in(to_weight, weight.dtype),
-            cast(Tensor, to_bias) * scale if for_offset else None,
-            None,
-            to_gain,
-            to_bias if for_shift else None,
-            None,
-        )
-
-
-def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in a dtype, for less than what a call of `to` costs where it is in it already."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _channel_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums (C,) of a batch (N, C, ...)."""
-    return x.sum((0, *range(2, x.ndim)), dtype=dtype)
-
-
-class _Options(NamedTuple):
-    """What a convolution does with its weight, in the order of `aten::convolution`."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    transposed: bool
-    output_padding: tuple[int, ...]
-    groups: int
-
-    def positions(self, inputs: tuple[int, ...], weights: tuple[int, ...]) -> int:
-        """Outputs per channel, over the whole batch, of a batch (N, I, ...)."""
-        sizes = zip(inputs[2:], weights[2:], self.stride, self.padding, self.dilation, strict=True)
-        return inputs[0] * math.prod(
-            (size + 2 * pad - gap * (k - 1) - 1) // step + 1 for size, k, step, pad, gap in sizes
-        )
-
-    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
-        """Gradients of input and weight, as far as the mask asks for them."""
-        found = torch.ops.aten.convolution_backward(grad, x, weight, None, *self, (*mask, False))
-        return cast(tuple[Tensor | None, ...], found[:2])
-
-
-@lru_cache(maxsize=4096)
-def _fewer_outputs(inputs: tuple[int, ...], weights: tuple[int, ...], options: _Options) -> bool:
-    """Whether a convolution has at most as many outputs as weights."""
-    return options.positions(inputs, weights) <= math.prod(weights[1:])
-
-
-def _times(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`W * s` in another dtype, where autograd does not look on in one step."""
-    rows = scale.view(along(0, weight.ndim))
-    if weight.dtype == dtype == scale.dtype or torch.is_grad_enabled():
-        return _in(weight * rows, dtype)
-    return torch.mul(weight, rows, out=torch.empty_like(weight, dtype=dtype))
-
-
-def channel_axis(conv: nn.Module) -> int:
-    """The axis of a conv's weight that runs over output channels."""
-    return 1 if isinstance(conv, _ConvTransposeNd) else 0
 
 
 def normaliser(bn: nn.Module, wide: torch.dtype) -> Normaliser:
@@ -229,18 +69,24 @@ def normaliser(bn: nn.Module, wide: torch.dtype) -> Normaliser:
     if stats is None:
         raise LayerError(f"a folded {native_class(bn).__name__} has lost its running statistics; set them again")
     mean, var = (tensor.to(wide, copy=True) for tensor in stats[:2])
-    return Normaliser(-mean, (var + cast(float, bn.eps)).rsqrt(), mean, var)
+    return Normaliser(mean, var, -mean, (var + cast(float, bn.eps)).rsqrt())
 
 
-def _terms(parameters: PairParameters, fixed: Normaliser) -> _Terms:
-    _, bias, gain, shift = parameters
+def fold_with(parameters: PairParameters, fixed: Normaliser, axis: int) -> tuple[Tensor, Tensor]:
+    """`W * s` and `b + (c - m) * s`, computed in the dtype of `fixed` and returned in that of W, differentiable.
+
+    Args:
+        parameters: W, c, g and b.
+        fixed: m, v and what follows from them.
+        axis: that of W which runs over output channels.
+    """
     wide = fixed.rstd.dtype
-    return _Terms(
-        fixed.negative_mean if bias is None else _in(bias, wide) + fixed.negative_mean,
-        fixed.rstd,
-        None if gain is None else _in(gain, wide),
-        None if shift is None else _in(shift, wide),
-    )
+    weight, bias, gain, shift = parameters
+    scale = fixed.rstd if gain is None else _in(gain, wide) * fixed.rstd
+    offset = fixed.negative_mean if bias is None else _in(bias, wide) + fixed.negative_mean
+    folded = _in(weight, wide) * scale.view(along(axis, weight.ndim))
+    moved = offset * scale if shift is None else torch.addcmul(_in(shift, wide), offset, scale)
+    return _in(folded, weight.dtype), _in(moved, weight.dtype)
 
 
 def fold_parameters(conv: nn.Module, bn: nn.Module, wide: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -256,10 +102,17 @@ def fold_parameters(conv: nn.Module, bn: nn.Module, wide: torch.dtype | None = N
         W, c, g and b.
     """
     parameters = parameters_of(conv, bn)
-    weight, wide = parameters.weight, wide or parameters.wide
-    terms = _terms(parameters, normaliser(bn, wide))
-    folded, bias = _FoldParameters.apply(weight.to(wide), *terms, along(channel_axis(conv), weight.ndim))
-    return folded.to(weight.dtype), bias.to(weight.dtype)
+    return fold_with(parameters, normaliser(bn, wide or parameters.wide), channel_axis(conv))
+
+
+def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype, for less than what a call of `to` costs where it is in it already."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def channel_axis(conv: nn.Module) -> int:
+    """The axis of a conv's weight that runs over output channels."""
+    return 1 if isinstance(conv, _ConvTransposeNd) else 0
 
 
 def widest_dtype(tensor: Tensor) -> torch.dtype:
@@ -267,41 +120,41 @@ def widest_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
-@lru_cache
-def _computes_plainly(cls: Any) -> bool:
-    return getattr(cls, "forward", None) in _PLAIN and getattr(cls, "_conv_forward", None) in _PLAIN_STEPS
+def run_with(conv: nn.Module, weight: Tensor, bias: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Runs the forward of a conv's own class with another weight and bias, leaving the conv as it is."""
+    native: Any = native_class(conv)
+    if native.forward in _FORWARDS:
+        return cast(Tensor, native._conv_forward(conv, *args, **kwargs, weight=weight, bias=bias))
+    stand_in = object.__new__(native)
+    vars(stand_in).update(vars(conv))
+    vars(stand_in)["_parameters"] = {**conv._parameters, "weight": weight, "bias": bias}
+    return cast(Tensor, native.forward(stand_in, *args, **kwargs))
 
 
-def is_plain(conv: nn.Module) -> bool:
-    """Whether a conv does just what `torch.convolution` does, padding with zeros."""
-    cls: Any = native_class(conv)
-    return _computes_plainly(cls) and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+def has_fewer_outputs(conv: Any, x: Tensor) -> bool:
+    """Whether a conv has at most as many outputs of a batch (N, I, ...) as weights; False if its class is unknown."""
+    native: Any = native_class(conv)
+    if not (native.forward in _FORWARDS and native._conv_forward in _STEPS) or isinstance(conv.padding, str):
+        return False
+    weights: torch.Size = conv.weight.shape
+    positions = _positions(x.shape, weights[2:], conv.stride, conv.padding, conv.dilation)
+    return positions <= math.prod(weights[1:])
 
 
-def conv_bn(conv: Any, parameters: PairParameters, fixed: Normaliser, eps: float, x: Tensor) -> Tensor:
-    """What a plain conv and a BN layer of fixed statistics compute, the folded parameters not kept for backward.
+@lru_cache(maxsize=4096)
+def _positions(
+    inputs: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> int:
+    """Outputs per channel, over the whole batch."""
+    sizes = zip(inputs[2:], kernel, stride, padding, dilation, strict=True)
+    return inputs[0] * math.prod((size + 2 * pad - gap * (k - 1) - 1) // step + 1 for size, k, step, pad, gap in sizes)
 
-    Where the conv has fewer outputs than weights, as late in a network or with few images, the two run one after the
-    other, as if they were not folded: that is less memory traffic, and if g trains, what is kept besides are these few
-    outputs.
 
-    Args:
-        conv: a conv that `is_plain`.
-        parameters: those of the conv and of a BN layer of its O output channels.
-        fixed: the `normaliser` of that layer, in the `wide` dtype of the parameters.
-        eps: that of the layer.
-        x: (N, I, ...).
-
-    Returns:
-        (N, O, ...), under autocast in its dtype.
-    """
-    weight = parameters.weight
-    options = _Options(conv.stride, conv.padding, conv.dilation, False, (0,) * (weight.ndim - 2), conv.groups)
-    if _fewer_outputs(x.shape, weight.shape, options):
-        gain, shift = (None if tensor is None else _in(tensor, fixed.mean.dtype) for tensor in parameters[2:])
-        z = cast(Any, native_class(conv)).forward(conv, x)
-        return normalise_by_fixed(z, fixed.mean, fixed.var, gain, shift, eps)
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
-        x = x.to(torch.get_autocast_dtype(device))
-    return cast(Tensor, _ConvBN.apply(x, weight, *_terms(parameters, fixed), options))
+def normalise_outputs(z: Tensor, parameters: PairParameters, fixed: Normaliser, eps: float) -> Tensor:
+    """What a BN layer of fixed statistics makes of a conv's outputs (N, O, ...): the two one after the other."""
+    gain, shift = (None if tensor is None else _in(tensor, fixed.mean.dtype) for tensor in parameters[2:])
+    return normalise_by_fixed(z, fixed.mean, fixed.var, gain, shift, eps)

@@ -14,19 +14,20 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from bnfinetune.bn.conv_bn import Normaliser, conv_bn, fold_parameters, is_plain, normaliser, parameters_of
+from bnfinetune.bn.conv_bn import (
+    Normaliser,
+    channel_axis,
+    fold_parameters,
+    fold_with,
+    has_fewer_outputs,
+    normalise_outputs,
+    normaliser,
+    parameters_of,
+    run_with,
+)
 from bnfinetune.bn.layers import BNClass, Tail, native_class, require_known
 from bnfinetune.bn.recorder import population_of
 from bnfinetune.bn.switches import SwitchedBN, _blank_layer, change_listeners, switches_of
-
-
-def run_with(conv: nn.Module, weight: Tensor, bias: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Runs the forward of a conv's own class with another weight and bias, leaving the conv as it is."""
-    native: Any = native_class(conv)
-    stand_in = object.__new__(native)
-    vars(stand_in).update(vars(conv))
-    vars(stand_in)["_parameters"] = {**conv._parameters, "weight": weight, "bias": bias}
-    return cast(Tensor, native.forward(stand_in, *args, **kwargs))
 
 
 class _Kept:
@@ -65,7 +66,11 @@ class Fold:
         return {"bn": self.bn, "kept": None}
 
     def convolve(self, conv: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Runs the conv with folded parameters: the kept ones if neither layer trains and nothing has changed."""
+        """Runs the conv with folded parameters: the kept ones if neither layer trains and nothing has changed.
+
+        Where the conv has fewer outputs than weights, as late in a network or with few images, the two layers run one
+        after the other: that is less memory traffic, and if g trains, what is kept besides are these few outputs.
+        """
         bn = self.bn
         if _traced():
             return run_with(conv, *fold_parameters(conv, bn), *args, **kwargs)
@@ -73,11 +78,12 @@ class Fold:
         learned = [tensor for tensor in parameters if tensor is not None]
         if not any(tensor.requires_grad for tensor in learned):
             return run_with(conv, *self._keep(None, learned, lambda: fold_parameters(conv, bn)), *args, **kwargs)
-        if not is_plain(conv):
-            return run_with(conv, *fold_parameters(conv, bn), *args, **kwargs)
         wide = parameters.wide
-        fixed = self._keep(wide, [], lambda: normaliser(bn, wide))
-        return conv_bn(conv, parameters, Normaliser(*fixed), cast(float, bn.eps), *args, *kwargs.values())
+        fixed = Normaliser(*self._keep(wide, [], lambda: normaliser(bn, wide)))
+        if has_fewer_outputs(conv, *args, *kwargs.values()):
+            z = cast(Any, native_class(conv)).forward(conv, *args, **kwargs)
+            return normalise_outputs(z, parameters, fixed, cast(float, bn.eps))
+        return run_with(conv, *fold_with(parameters, fixed, channel_axis(conv)), *args, **kwargs)
 
     def _keep(
         self, dtype: torch.dtype | None, learned: list[Tensor], make: Callable[[], tuple[Tensor, ...]]

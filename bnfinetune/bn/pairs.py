@@ -21,8 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from bnfinetune.bn.conv_bn import CONVOLUTIONS, channel_axis
-from bnfinetune.bn.folded import run_with
+from bnfinetune.bn.conv_bn import CONVOLUTIONS, channel_axis, run_with
 from bnfinetune.bn.layers import unwrap, walk_modules
 from bnfinetune.bn.normalise import along
 from bnfinetune.errors import PolicyError
