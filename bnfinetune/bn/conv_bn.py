@@ -3,8 +3,8 @@
     y = conv(x, W * s) + (b + (c - m) * s),    s = g / sqrt(v + e)
 
 W and c are the conv's weight and bias, g and b the BN layer's, m and v its statistics (You et al. 2024, "Tune Mode
-ConvBN Blocks"). Gradients reach W, c, g and b by autograd; what the conv keeps for backward is `W * s` in place of W,
-and nothing of activation size besides.
+ConvBN Blocks"). Gradients reach W, c, g and b by autograd, which keeps `W * s` for backward, and nothing of activation
+size besides what the conv alone keeps.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `fold_bn` takes nothing away: Parameters, `state_dict`, gradients of the conv's weight and of the BN layer's weight and
 bias stay what they were, as does what the model computes. What it saves is BN's pass over the activations, and the
-copy of them that BN keeps for backward.
+copy of them that BN keeps for backward, in exchange for a copy of the conv's weight.
 """
 
 from __future__ import annotations

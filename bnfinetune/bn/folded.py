@@ -69,7 +69,7 @@ class Fold:
         """Runs the conv with folded parameters: the kept ones if neither layer trains and nothing has changed.
 
         Where the conv has fewer outputs than weights, as late in a network or with few images, the two layers run one
-        after the other: that is less memory traffic, and if g trains, what is kept besides are these few outputs.
+        after the other: that is less memory traffic, and what is kept, if g trains, are these few outputs.
         """
         bn = self.bn
         if _traced():

@@ -412,6 +412,7 @@ def counted(monkeypatch):
 
     count("fold_parameters")
     count("fold_with")
+    count("normalise_outputs")
     return calls
 
 
@@ -429,6 +430,17 @@ def test_frozen_pairs_are_folded_once(counted):
     for _ in range(3):
         model(images())
     assert len(counted) == 5
+
+
+def test_outputs_are_normalised_where_they_are_fewer_than_the_weights(counted):
+    """Per channel the toy's convs have 27 and 54 weights, and 25 and 9 outputs of an image of 7 x 7."""
+    model = folded_toy()
+    model(images(1, 7))
+    assert counted == ["normalise_outputs", "normalise_outputs"]
+    model(images(1, 8))
+    assert counted[2:] == ["fold_with", "normalise_outputs"]
+    model(images(4, 8))
+    assert counted[4:] == ["fold_with", "fold_with"]
 
 
 WRITES = {
