@@ -139,7 +139,8 @@ class _Flow(TorchDispatchMode):
 
     def note_survivors(self) -> None:
         """Marks convs whose output outlives the forward: it was returned, or somebody keeps it."""
-        if len(self.made):
+        before_bn = {conv for sources in self.sources.values() for conv in sources}
+        if any(conv in before_bn for conv in self.made.values()):  # else, as for a classifier's output, it is no matter
             gc.collect()
         for conv in list(self.made.values()):
             self.readers[conv][None] = None

@@ -96,6 +96,7 @@ class Trainer:
     def __post_init__(self) -> None:
         train = self.recipe.train
         self.model.to(self.accelerator.device)
+        self.image_format = input_format(self.model)
         self.has_bn = any(is_bn_layer(module) for module in self.model.modules())
         self.updates = total_updates(self.recipe, self.loaders.train.batches)
         self.domains = domains_of(self.recipe)
@@ -331,7 +332,7 @@ class Trainer:
         """A micro-batch on the device, mixed as its place in the epoch asks."""
         device = self.accelerator.device
         images, labels, *domains = batch
-        images = images.to(device, non_blocking=True, memory_format=input_format(self.model))
+        images = images.to(device, non_blocking=True, memory_format=self.image_format)
         labels = labels.to(device, non_blocking=True)
         if self.mixup is not None:
             if self.recipe.train.auto_batch:

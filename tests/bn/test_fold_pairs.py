@@ -1,5 +1,6 @@
 """Which convs can take a BN layer in is found by what flows, whatever the conv is called and however it computes."""
 
+import gc
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from bnfinetune.bn import find_bn_layers, freeze_bn
 from bnfinetune.bn.fold import fold_bn, fold_report, unfold_bn
 from tests.bn.folding import outcome, relative_error
-from tests.bn.models import randomise
+from tests.bn.models import backbone, images, randomise
 
 
 class Shouting(nn.Conv2d):
@@ -277,3 +278,10 @@ def test_an_example_may_hold_several_arguments_of_any_dtype(form):
     fold_bn(model, form((torch.zeros(1, 4, 6, 6), torch.ones(1))))
     assert fold_report(model).folded == ["bn"]
     assert len(find_bn_layers(model)) == 1
+
+
+def test_a_classifier_whose_output_is_returned_costs_no_garbage_collection(monkeypatch):
+    """Collecting takes a multiple of the observed forward, and only a conv before a BN layer could need it."""
+    monkeypatch.setattr(gc, "collect", lambda: pytest.fail("garbage was collected"))
+    model = fold_bn(freeze_bn(backbone("resnet18")), images(1))
+    assert len(fold_report(model).folded) == 20
