@@ -124,7 +124,7 @@ def run_with(conv: nn.Module, weight: Tensor, bias: Tensor, *args: Any, **kwargs
     """Runs the forward of a conv's own class with another weight and bias, leaving the conv as it is."""
     native: Any = native_class(conv)
     if native.forward in _FORWARDS:
-        return cast(Tensor, native._conv_forward(conv, *args, **kwargs, weight=weight, bias=bias))
+        return cast(Tensor, native._conv_forward(conv, *args, *kwargs.values(), weight, bias))
     stand_in = object.__new__(native)
     vars(stand_in).update(vars(conv))
     vars(stand_in)["_parameters"] = {**conv._parameters, "weight": weight, "bias": bias}
