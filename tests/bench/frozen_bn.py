@@ -185,7 +185,6 @@ def measure(name: str, batch: int, size: int, rounds: int, variants: Sequence[st
         "weights": sum(parameter.nbytes for parameter in model.parameters()),
         "rows": [{**t._asdict(), "kept": kept[t.name], "peak": peaks[t.name]} for t in timings],
         "leads": {variant: against._asdict() for variant, against in leads.items()},
-        "half": half,
         "left_out": left_out,
     }
 
