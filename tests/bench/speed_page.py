@@ -18,11 +18,11 @@ INTRODUCTION = """\
 <!-- Written by python -m tests.bench speed_page from docs/benchmarks/*.json. -->
 
 Every figure is a ratio of medians over alternating runs in one process, in an order drawn anew for each round, so that
-whatever else the machine does slows all candidates alike; "half of the runs" is the middle half of the ratios of single
-rounds. Of steps and of the loop, on a CPU with one thread, it is the process's own time that counts, and freed memory
-stays with the process, as with a caching allocator: otherwise the kernel's handing out of the same pages adds up to a
-tenth, now to one candidate and now to another. Probes, runs and ranks are timed by the clock. Bytes are exact. `python -m tests.bench NAME --record` measures again, `python -m tests.bench
-speed_page` writes this page.
+whatever else the machine does slows all candidates alike; "half of the runs" is the middle half of the ratios of
+single rounds. Of steps and of the loop, on a CPU with one thread, it is the process's own time that counts, and freed
+memory stays with the process, as with a caching allocator: otherwise the kernel's handing out of the same pages adds
+up to a tenth, now to one candidate and now to another. Probes, runs and ranks are timed by the clock. Bytes are exact.
+`python -m tests.bench NAME --record` measures again, `python -m tests.bench speed_page` writes this page.
 """
 
 STEP = """\
