@@ -9,27 +9,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bnfinetune.bn.convert import convert_sync_bn as convert_sync_bn
-    from bnfinetune.bn.convert import revert_sync_bn as revert_sync_bn
-    from bnfinetune.bn.domains import domain as domain
-    from bnfinetune.bn.fold import fold_bn as fold_bn
-    from bnfinetune.bn.fold import unfold_bn as unfold_bn
-    from bnfinetune.bn.fuse import fuse_bn as fuse_bn
-    from bnfinetune.bn.group_norm import convert_group_norm as convert_group_norm
+    from bnfinetune.bn.convert.group_norm import convert_group_norm as convert_group_norm
+    from bnfinetune.bn.folding.fold import fold_bn as fold_bn
+    from bnfinetune.bn.folding.fold import unfold_bn as unfold_bn
+    from bnfinetune.bn.folding.fuse import fuse_bn as fuse_bn
     from bnfinetune.bn.layers import find_bn_layers as find_bn_layers
     from bnfinetune.bn.layers import register_bn_class as register_bn_class
-    from bnfinetune.bn.policy import BNPolicy as BNPolicy
-    from bnfinetune.bn.policy import apply_policy as apply_policy
-    from bnfinetune.bn.policy import freeze_bn as freeze_bn
-    from bnfinetune.bn.policy import restore_bn as restore_bn
-    from bnfinetune.bn.policy import unfreeze_bn as unfreeze_bn
-    from bnfinetune.bn.precise import get_bn_modules as get_bn_modules
-    from bnfinetune.bn.precise import precise_bn as precise_bn
-    from bnfinetune.bn.precise import update_bn_stats as update_bn_stats
-    from bnfinetune.bn.saving import load_policy_state as load_policy_state
-    from bnfinetune.bn.saving import policy_state as policy_state
-    from bnfinetune.bn.table import describe_bn as describe_bn
-    from bnfinetune.bn.updates import no_stat_updates as no_stat_updates
+    from bnfinetune.bn.policy.apply import apply_policy as apply_policy
+    from bnfinetune.bn.policy.apply import freeze_bn as freeze_bn
+    from bnfinetune.bn.policy.apply import restore_bn as restore_bn
+    from bnfinetune.bn.policy.apply import unfreeze_bn as unfreeze_bn
+    from bnfinetune.bn.policy.domains import domain as domain
+    from bnfinetune.bn.policy.saving import load_policy_state as load_policy_state
+    from bnfinetune.bn.policy.saving import policy_state as policy_state
+    from bnfinetune.bn.policy.spec import BNPolicy as BNPolicy
+    from bnfinetune.bn.policy.sync import convert_sync_bn as convert_sync_bn
+    from bnfinetune.bn.policy.sync import revert_sync_bn as revert_sync_bn
+    from bnfinetune.bn.policy.table import describe_bn as describe_bn
+    from bnfinetune.bn.policy.updates import no_stat_updates as no_stat_updates
+    from bnfinetune.bn.statistics.fvcore import get_bn_modules as get_bn_modules
+    from bnfinetune.bn.statistics.fvcore import update_bn_stats as update_bn_stats
+    from bnfinetune.bn.statistics.precise import precise_bn as precise_bn
     from bnfinetune.diagnose.checks import check_bn as check_bn
     from bnfinetune.diagnose.drift import inspect_bn as inspect_bn
     from bnfinetune.diagnose.watch import watch_bn as watch_bn
@@ -66,31 +66,31 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BNPolicy": "bnfinetune.bn.policy",
-    "apply_policy": "bnfinetune.bn.policy",
+    "BNPolicy": "bnfinetune.bn.policy.spec",
+    "apply_policy": "bnfinetune.bn.policy.apply",
     "check_bn": "bnfinetune.diagnose.checks",
-    "convert_group_norm": "bnfinetune.bn.group_norm",
-    "convert_sync_bn": "bnfinetune.bn.convert",
-    "describe_bn": "bnfinetune.bn.table",
-    "domain": "bnfinetune.bn.domains",
+    "convert_group_norm": "bnfinetune.bn.convert.group_norm",
+    "convert_sync_bn": "bnfinetune.bn.policy.sync",
+    "describe_bn": "bnfinetune.bn.policy.table",
+    "domain": "bnfinetune.bn.policy.domains",
     "find_bn_layers": "bnfinetune.bn.layers",
     "finetune": "bnfinetune.training.run",
-    "fold_bn": "bnfinetune.bn.fold",
-    "freeze_bn": "bnfinetune.bn.policy",
-    "fuse_bn": "bnfinetune.bn.fuse",
-    "get_bn_modules": "bnfinetune.bn.precise",
+    "fold_bn": "bnfinetune.bn.folding.fold",
+    "freeze_bn": "bnfinetune.bn.policy.apply",
+    "fuse_bn": "bnfinetune.bn.folding.fuse",
+    "get_bn_modules": "bnfinetune.bn.statistics.fvcore",
     "inspect_bn": "bnfinetune.diagnose.drift",
-    "load_policy_state": "bnfinetune.bn.saving",
-    "no_stat_updates": "bnfinetune.bn.updates",
+    "load_policy_state": "bnfinetune.bn.policy.saving",
+    "no_stat_updates": "bnfinetune.bn.policy.updates",
     "param_groups": "bnfinetune.training.optim",
-    "policy_state": "bnfinetune.bn.saving",
-    "precise_bn": "bnfinetune.bn.precise",
+    "policy_state": "bnfinetune.bn.policy.saving",
+    "precise_bn": "bnfinetune.bn.statistics.precise",
     "register_bn_class": "bnfinetune.bn.layers",
-    "restore_bn": "bnfinetune.bn.policy",
-    "revert_sync_bn": "bnfinetune.bn.convert",
-    "unfold_bn": "bnfinetune.bn.fold",
-    "unfreeze_bn": "bnfinetune.bn.policy",
-    "update_bn_stats": "bnfinetune.bn.precise",
+    "restore_bn": "bnfinetune.bn.policy.apply",
+    "revert_sync_bn": "bnfinetune.bn.policy.sync",
+    "unfold_bn": "bnfinetune.bn.folding.fold",
+    "unfreeze_bn": "bnfinetune.bn.policy.apply",
+    "update_bn_stats": "bnfinetune.bn.statistics.fvcore",
     "watch_bn": "bnfinetune.diagnose.watch",
 }
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bnfinetune.bn import BNPolicy, apply_policy, find_bn_layers
-from bnfinetune.bn.switches import switches_of
+from bnfinetune.bn.policy.switched_layer import switches_of
 from bnfinetune.errors import BnFinetuneError, CheckpointError, SelectionError
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import dump_recipe, load_recipe, shipped_recipes

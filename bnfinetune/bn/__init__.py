@@ -1,19 +1,21 @@
 """The BatchNorm core: one layer with independent switches, usable alone in anybody's training loop."""
 
-from bnfinetune.bn.adapt import Tent, adapt_model
-from bnfinetune.bn.convert import convert_sync_bn, revert_sync_bn
-from bnfinetune.bn.domains import domain, export_domain
-from bnfinetune.bn.fold import fold_bn, unfold_bn
-from bnfinetune.bn.fuse import fuse_bn
-from bnfinetune.bn.group_norm import GroupNormReport, convert_group_norm
+from bnfinetune.bn.adapt.methods import Tent, adapt_model
+from bnfinetune.bn.convert.group_norm import GroupNormReport, convert_group_norm
+from bnfinetune.bn.folding.fold import fold_bn, unfold_bn
+from bnfinetune.bn.folding.fuse import fuse_bn
 from bnfinetune.bn.layers import find_bn_layers, register_bn_class
-from bnfinetune.bn.policy import BNPolicy, apply_policy, auto_momentum, freeze_bn, restore_bn, unfreeze_bn
-from bnfinetune.bn.precise import get_bn_modules, precise_bn, update_bn_stats
-from bnfinetune.bn.precise_report import PreciseBNReport
-from bnfinetune.bn.ranks import merge_running_stats
-from bnfinetune.bn.saving import load_policy_state, policy_state
-from bnfinetune.bn.table import describe_bn
-from bnfinetune.bn.updates import StatSnapshot, no_stat_updates
+from bnfinetune.bn.policy.apply import apply_policy, freeze_bn, restore_bn, unfreeze_bn
+from bnfinetune.bn.policy.domains import domain, export_domain
+from bnfinetune.bn.policy.saving import load_policy_state, policy_state
+from bnfinetune.bn.policy.spec import BNPolicy, auto_momentum
+from bnfinetune.bn.policy.sync import convert_sync_bn, revert_sync_bn
+from bnfinetune.bn.policy.table import describe_bn
+from bnfinetune.bn.policy.updates import StatSnapshot, no_stat_updates
+from bnfinetune.bn.statistics.fvcore import get_bn_modules, update_bn_stats
+from bnfinetune.bn.statistics.precise import precise_bn
+from bnfinetune.bn.statistics.ranks import merge_running_stats
+from bnfinetune.bn.statistics.report import PreciseBNReport
 
 __all__ = [
     "BNPolicy",

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfinetune.bn.conv_bn import fold_parameters, widest_dtype
-from bnfinetune.bn.fold import unfolded
-from bnfinetune.bn.folded import is_foldable
+from bnfinetune.bn.folding.arithmetic import fold_parameters, widest_dtype
+from bnfinetune.bn.folding.fold import unfolded
+from bnfinetune.bn.folding.layers import is_foldable
+from bnfinetune.bn.folding.pairs import Example, find_pairs
 from bnfinetune.bn.layers import find_bn_layers, unwrap
-from bnfinetune.bn.pairs import Example, find_pairs
-from bnfinetune.bn.recorder import population_of
-from bnfinetune.bn.switches import state_of, switches_of
+from bnfinetune.bn.policy.switched_layer import state_of, switches_of
+from bnfinetune.bn.population import population_of
 from bnfinetune.errors import LayerError, PolicyError
 
 _log = logging.getLogger(__name__)
@@ -74,8 +74,7 @@ def _check(name: str, layer: Any) -> None:
 
 def _absorb(layer: Any, convs: list[Any]) -> None:
     """Leaves a layer mean 0 and variance 1; its scale goes into convs, or into its own weight if there are none."""
-    stats = population_of(layer)
-    assert stats is not None
+    stats = population_of(layer).require_stats()
     learns = any(p.requires_grad for module in (layer, *convs) for p in module.parameters(recurse=False))
     wide = widest_dtype(stats.mean)
     scale = layer.weight.to(wide) * (stats.var.to(wide) + layer.eps).rsqrt()

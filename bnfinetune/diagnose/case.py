@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bnfinetune.bn.layers import find_bn_layers, unwrap
-from bnfinetune.bn.precise import evaluation_mode
-from bnfinetune.bn.recorder import forwards_replaced
-from bnfinetune.bn.switches import Switches, state_of, switches_of
+from bnfinetune.bn.policy.state import Switches
+from bnfinetune.bn.policy.switched_layer import state_of, switches_of
+from bnfinetune.bn.statistics.precise import evaluation_mode
+from bnfinetune.bn.statistics.recorder import forwards_replaced
 from bnfinetune.diagnose.finding import as_globs
 from bnfinetune.errors import LayerError, SelectionError
 

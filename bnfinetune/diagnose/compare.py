@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bnfinetune.bn.moments import Moments
-from bnfinetune.bn.recorder import Rows, affine_of, population_of
+from bnfinetune.bn.population import population_of
+from bnfinetune.bn.statistics.moments import Moments
+from bnfinetune.bn.statistics.recorder import Rows
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def compare(layer: nn.Module, rows: Rows) -> LayerDrift:
         layer: a BN layer that keeps running statistics.
         rows: counts (K,), means (K, C) and centred second moments (K, C) of K images.
     """
-    stats = population_of(layer)
+    stats = population_of(layer).stats
     assert stats is not None, "the layer keeps no running statistics"
     stored_mean, stored_var = stats.mean.detach().cpu().double(), stats.var.detach().cpu().double()
     eps = float(layer.eps)  # type: ignore[arg-type]
@@ -100,7 +101,7 @@ class Stored(NamedTuple):
 
 def stored_of(layers: Mapping[str, nn.Module]) -> dict[str, Stored]:
     """Copies of the running statistics of every layer that keeps some."""
-    found = {name: population_of(layer) for name, layer in layers.items()}
+    found = {name: population_of(layer).stats for name, layer in layers.items()}
     return {
         name: Stored(*(buffer.detach().to("cpu", torch.float64, copy=True) for buffer in (stats.mean, stats.var)))
         for name, stats in found.items()
@@ -123,7 +124,7 @@ def _variance(rows: Tensor) -> Tensor:
 
 
 def _importance(layer: nn.Module, channels: int) -> Tensor:
-    weight, _ = affine_of(layer)
+    weight, _ = population_of(layer).affine
     squares = torch.ones(channels, dtype=torch.float64)
     if weight is not None and weight.any():
         squares = weight.detach().cpu().double().square()
@@ -179,5 +180,5 @@ def drifts(layers: Mapping[str, nn.Module], seen: ImageRows) -> dict[str, LayerD
     return {
         name: compare(layer, rows)
         for name, layer in layers.items()
-        if population_of(layer) is not None and (rows := seen.of(name)) is not None
+        if population_of(layer).stats is not None and (rows := seen.of(name)) is not None
     }

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bnfinetune.bn.feed import Feed, device_of, labels_of, model_input
-from bnfinetune.bn.fold import unfolded
+from bnfinetune.bn.folding.fold import unfolded
 from bnfinetune.bn.layers import Globs, find_bn_layers, native_class, select_layers, unwrap
-from bnfinetune.bn.moments import Moments
-from bnfinetune.bn.precise import evaluation_mode
-from bnfinetune.bn.recorder import Rows, affine_of, population_of, recording
+from bnfinetune.bn.population import population_of
+from bnfinetune.bn.statistics.batches import Feed, device_of, labels_of, model_input
+from bnfinetune.bn.statistics.moments import Moments
+from bnfinetune.bn.statistics.precise import evaluation_mode
+from bnfinetune.bn.statistics.recorder import Rows, recording
 from bnfinetune.diagnose.compare import ImageRows, LayerDrift, compare, drifts, observing
 from bnfinetune.diagnose.drift_report import BATCH_SIZES, FITS, DriftReport, LayerReport, Regime
 from bnfinetune.diagnose.facts import is_untouched
@@ -66,7 +67,9 @@ def inspect_bn(
         StatisticsError: no data, fewer than 2 images, or no layer keeps running statistics.
     """
     net = unwrap(model)
-    chosen = {name: layer for name, layer in select_layers(net, layers).items() if population_of(layer) is not None}
+    chosen = {
+        name: layer for name, layer in select_layers(net, layers).items() if population_of(layer).stats is not None
+    }
     if not chosen:
         raise StatisticsError("no selected BN layer keeps running statistics; there is nothing to inspect")
     sample = _read(data, images, device_of(net))
@@ -91,7 +94,7 @@ def layer_drifts(model: nn.Module, images: Tensor) -> dict[str, LayerDrift]:
     """
     net = unwrap(model)
     with evaluation_mode(net), unfolded(net):
-        layers = {name: layer for name, layer in find_bn_layers(net).items() if population_of(layer) is not None}
+        layers = {name: layer for name, layer in find_bn_layers(net).items() if population_of(layer).stats is not None}
         with recording(layers), observing(layers) as seen:
             seen.images = len(images)
             net(images)
@@ -231,7 +234,7 @@ def _layer_report(
     name: str, layer: Any, trained: Rows | None, evaluated: Rows | None, steps: int | None
 ) -> LayerReport:
     assert trained is not None
-    stats = population_of(layer)
+    stats = population_of(layer).stats
     assert stats is not None
     seen = compare(layer, trained)
     momentum = getattr(layer, "momentum", None)
@@ -258,7 +261,8 @@ def _layer_report(
 
 def _channels(layer: Any, rows: Rows) -> dict[str, tuple[int, ...]]:
     """Channels by what is wrong with them."""
-    stats, (weight, bias) = population_of(layer), affine_of(layer)
+    population = population_of(layer)
+    stats, (weight, bias) = population.stats, population.affine
     assert stats is not None
     measured = Moments.pool(rows.counts, rows.means, rows.m2s).var
     stored = stats.var.detach().double().cpu()
@@ -308,7 +312,7 @@ def _spread(layer: Any, rows: Rows) -> float:
     scale = pooled.var + layer.eps
     offset = (rows.means - pooled.mean) / scale.sqrt()
     ratio = ((rows.m2s / rows.counts[:, None] + layer.eps) / scale).sqrt() - 1
-    weight, _ = affine_of(layer)
+    weight, _ = population_of(layer).affine
     squares = torch.ones_like(scale) if weight is None or not weight.any() else weight.detach().cpu().double().square()
     squared = (offset.square() + ratio.square()) @ (squares / squares.sum())
     return math.sqrt(float(squared.sum()) / (len(squared) - 1))  # the pooled statistics are the batches' own
@@ -320,7 +324,7 @@ def _statistics(layers: Mapping[str, Any], seen: ImageRows) -> Iterator[None]:
     kept: list[tuple[Tensor, Tensor]] = []
     try:
         for name, layer in layers.items():
-            rows, stats = seen.of(name), population_of(layer)
+            rows, stats = seen.of(name), population_of(layer).stats
             if rows is None or stats is None:
                 continue
             pooled = Moments.pool(rows.counts, rows.means, rows.m2s)

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfinetune.bn.fold import unfolded
+from bnfinetune.bn.folding.fold import unfolded
 from bnfinetune.bn.layers import bn_class, find_bn_layers
-from bnfinetune.bn.precise import evaluation_mode
-from bnfinetune.bn.recorder import population_of, recording
-from bnfinetune.bn.switches import SwitchedBN, recomputing
+from bnfinetune.bn.policy.switched_layer import SwitchedBN
+from bnfinetune.bn.population import population_of, recomputing
+from bnfinetune.bn.statistics.precise import evaluation_mode
+from bnfinetune.bn.statistics.recorder import recording
 from bnfinetune.diagnose.case import Case, Context
 from bnfinetune.diagnose.compare import LayerDrift, drifts, observing
 from bnfinetune.diagnose.finding import Findings
@@ -181,7 +182,7 @@ class _Watcher:
         images = None if self._last is None else _first_tensor(self._last)
         if images is None or images.ndim == 0:
             return None
-        tracked = {name: layer for name, layer in self._layers.items() if population_of(layer) is not None}
+        tracked = {name: layer for name, layer in self._layers.items() if population_of(layer).stats is not None}
         live = {name: layer for name, layer in tracked.items() if self._trace.layers[name].updating}
         try:
             with evaluation_mode(self._bare), unfolded(self._bare), _same_draws(images.device):

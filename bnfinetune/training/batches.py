@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bnfinetune.bn.layers import find_bn_layers
-from bnfinetune.bn.precise import evaluation_mode
-from bnfinetune.bn.switches import switches_of
+from bnfinetune.bn.policy.switched_layer import switches_of
+from bnfinetune.bn.statistics.precise import evaluation_mode
 from bnfinetune.errors import DataError, SelectionError
 from bnfinetune.training.evaluate import input_format
 

@@ -16,7 +16,7 @@ from timm.models._hub import save_config_for_hf  # the public save_for_hf refuse
 from torch import nn
 
 from bnfinetune.bn.layers import find_bn_layers, is_bn_layer
-from bnfinetune.bn.saving import load_policy_state, policy_state
+from bnfinetune.bn.policy.saving import load_policy_state, policy_state
 from bnfinetune.errors import CheckpointError
 from bnfinetune.training.folder import complete_folder, in_words, write_folder, write_json, write_text
 from bnfinetune.training.provenance import write_provenance

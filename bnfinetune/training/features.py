@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bnfinetune.bn.layers import find_bn_layers, is_bn_layer
-from bnfinetune.bn.precise import evaluation_mode
-from bnfinetune.bn.switches import switches_of
+from bnfinetune.bn.policy.switched_layer import switches_of
+from bnfinetune.bn.statistics.precise import evaluation_mode
 from bnfinetune.recipe import Augment
 from bnfinetune.training.data.loaders import EvalLoader, ImageLoader, TrainLoader
 from bnfinetune.training.data.sampling import Pick

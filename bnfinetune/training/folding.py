@@ -15,8 +15,8 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from bnfinetune.bn.fold import fold_bn, fold_report, unfold_bn, unfolded
-from bnfinetune.bn.folded import is_foldable
+from bnfinetune.bn.folding.fold import fold_bn, fold_report, unfold_bn, unfolded
+from bnfinetune.bn.folding.layers import is_foldable
 from bnfinetune.bn.layers import bn_class, find_bn_layers, is_bn_layer
 from bnfinetune.recipe import Recipe
 from bnfinetune.training.backbone import input_config

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from bnfinetune.bn.layers import find_bn_layers, is_bn_layer
-from bnfinetune.bn.switches import switches_of
+from bnfinetune.bn.policy.switched_layer import switches_of
 from bnfinetune.errors import RecipeError, TrainingError
 from bnfinetune.recipe import Recipe
 from bnfinetune.training.checkpoint import random_state, restore_random_state

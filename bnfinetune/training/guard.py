@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from bnfinetune.bn.layers import find_bn_layers, is_bn_layer
-from bnfinetune.bn.switches import switches_of
-from bnfinetune.bn.updates import StatSnapshot
+from bnfinetune.bn.policy.switched_layer import switches_of
+from bnfinetune.bn.policy.updates import StatSnapshot
 from bnfinetune.training.signals import Asked
 
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from bnfinetune.bn.domains import domain, export_domain
 from bnfinetune.bn.layers import is_bn_layer
-from bnfinetune.bn.ranks import merge_running_stats
-from bnfinetune.bn.updates import StatSnapshot
+from bnfinetune.bn.policy.domains import domain, export_domain
+from bnfinetune.bn.policy.updates import StatSnapshot
+from bnfinetune.bn.statistics.ranks import merge_running_stats
 from bnfinetune.errors import CheckpointError, DataError, TrainingError
 from bnfinetune.recipe import Recipe
 from bnfinetune.training.data.loaders import Loaders

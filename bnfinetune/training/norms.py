@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bnfinetune.bn.group_norm import convert_group_norm
+from bnfinetune.bn.convert.group_norm import convert_group_norm
 from bnfinetune.recipe import Model
 from bnfinetune.training.data.loaders import Loaders
 

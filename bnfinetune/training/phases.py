@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from bnfinetune.bn.absorb import absorb_bn
-from bnfinetune.bn.policy import BNPolicy, apply_policy, auto_momentum, unfreeze_bn
+from bnfinetune.bn.policy.apply import apply_policy, unfreeze_bn
+from bnfinetune.bn.policy.spec import BNPolicy, auto_momentum
 from bnfinetune.errors import PolicyError, RecipeError
 from bnfinetune.recipe import BN, Recipe
 from bnfinetune.training.backbone import input_config

@@ -9,9 +9,9 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from bnfinetune.bn.domains import domain
-from bnfinetune.bn.precise import precise_bn
-from bnfinetune.bn.precise_report import PreciseBNReport
+from bnfinetune.bn.policy.domains import domain
+from bnfinetune.bn.statistics.precise import precise_bn
+from bnfinetune.bn.statistics.report import PreciseBNReport
 from bnfinetune.recipe import Recalibrate, Recipe
 from bnfinetune.recipe_files import dump_recipe
 from bnfinetune.training.backbone import input_config

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from bnfinetune.bn.layers import find_bn_layers
-from bnfinetune.bn.switches import switches_of
+from bnfinetune.bn.policy.switched_layer import switches_of
 from bnfinetune.diagnose.finding import Findings, render
 from bnfinetune.diagnose.set_up import check_set_up
 from bnfinetune.errors import PolicyError, SelectionError

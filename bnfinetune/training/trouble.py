@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bnfinetune.bn.precise import evaluation_mode
+from bnfinetune.bn.statistics.precise import evaluation_mode
 from bnfinetune.training.gradients import Batch
 
 if TYPE_CHECKING:

@@ -21,11 +21,11 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from bnfinetune.bn import find_bn_layers, freeze_bn
-from bnfinetune.bn.fold import fold_bn, fold_report
+from bnfinetune.bn.folding.fold import fold_bn, fold_report
 from bnfinetune.bn.layers import bn_tail
 from tests.bench.harness import Lead, lead, run_in_turn, table, timings_of
 from tests.bench.results import record
-from tests.bn.folding import bytes_kept, without_norm
+from tests.bn.folding.outcomes import bytes_kept, without_norm
 from tests.bn.models import randomise
 
 MODELS = ("resnet50", "resnet18", "efficientnet_b0", "regnety_008", "mobilenetv3_large_100", "densenet121")

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import bnfinetune.demo  # registers bnf_resnet
 from bnfinetune.bn import find_bn_layers, freeze_bn
 from bnfinetune.bn.absorb import absorb_bn
-from bnfinetune.bn.conv_bn import fold_parameters
-from bnfinetune.bn.fold import fold_bn
+from bnfinetune.bn.folding.arithmetic import fold_parameters
+from bnfinetune.bn.folding.fold import fold_bn
 from tests.bench.pages import DOCS, put_table
 from tests.bench.results import record
 

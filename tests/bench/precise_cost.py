@@ -21,7 +21,8 @@ from torch.optim.swa_utils import update_bn
 
 import bnfinetune.demo
 from bnfinetune.bn import find_bn_layers
-from bnfinetune.bn.precise import precise_bn, update_bn_stats
+from bnfinetune.bn.statistics.fvcore import update_bn_stats
+from bnfinetune.bn.statistics.precise import precise_bn
 from tests.bench.harness import compare, table
 from tests.bench.pages import DOCS, put_table
 from tests.bench.results import record, recorded

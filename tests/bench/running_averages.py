@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import bnfinetune.demo
 from bnfinetune.bn import BNPolicy, apply_policy, find_bn_layers
-from bnfinetune.bn.precise import precise_bn
+from bnfinetune.bn.statistics.precise import precise_bn
 from tests.bench.pages import DOCS, figure_style, put_table
 from tests.bench.results import record
 

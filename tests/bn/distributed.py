@@ -22,7 +22,9 @@ def run_ranks(ranks: int, function: Callable[..., Any], tmp_path: Path, *args: A
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     # The server imports once what every rank needs and is forked from then on: fresh processes without the wait.
-    multiprocessing.set_forkserver_preload(["torch", "timm", "accelerate", "bnfinetune.bn.ranks", function.__module__])
+    multiprocessing.set_forkserver_preload(
+        ["torch", "timm", "accelerate", "bnfinetune.bn.statistics.ranks", function.__module__]
+    )
     mp.start_processes(_rank_main, (ranks, port, function, tmp_path, args), nprocs=ranks, start_method="forkserver")
     return [pickle.loads((tmp_path / f"rank{rank}.pickle").read_bytes()) for rank in range(ranks)]
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from bnfinetune.bn import BNPolicy, apply_policy, freeze_bn
 from bnfinetune.bn.absorb import absorb_bn
-from bnfinetune.bn.fold import fold_bn, fold_report
-from bnfinetune.bn.fuse import fuse_bn
+from bnfinetune.bn.folding.fold import fold_bn, fold_report
+from bnfinetune.bn.folding.fuse import fuse_bn
 from bnfinetune.errors import LayerError, PolicyError
 from tests.bn.models import BACKBONES, backbone, images, randomise, toy
 

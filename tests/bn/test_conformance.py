@@ -17,7 +17,7 @@ from torch import nn
 
 from bnfinetune.bn import BNPolicy, apply_policy, find_bn_layers, freeze_bn, restore_bn, unfreeze_bn
 from bnfinetune.bn.layers import is_bn_layer
-from bnfinetune.bn.switches import switches_of
+from bnfinetune.bn.policy.switched_layer import switches_of
 from tests.bn.families import FAMILIES, WITHOUT_BN, Family
 from tests.bn.models import differing, randomise, tensors_of
 

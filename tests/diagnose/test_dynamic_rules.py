@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import bnfinetune as bnf
-from bnfinetune.bn.fold import fold_report
+from bnfinetune.bn.folding.fold import fold_report
 from tests.diagnose.support import FAMILIES, INNER, STAGE, codes, loader, network, paste, settled, sgd, the, train_step
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 import bnfinetune as bnf
-from bnfinetune.bn.fold import fold_report
+from bnfinetune.bn.folding.fold import fold_report
 from bnfinetune.demo import load_characters
 from bnfinetune.diagnose.compare import observing
 from bnfinetune.diagnose.drift import inspect_bn

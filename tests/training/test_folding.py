@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch.utils._pytree import tree_structure
 
 import bnfinetune as bnf
-from bnfinetune.bn.fold import fold_report
+from bnfinetune.bn.folding.fold import fold_report
 from bnfinetune.bn.layers import find_bn_layers
 from bnfinetune.errors import RecipeError
 from bnfinetune.training import folding

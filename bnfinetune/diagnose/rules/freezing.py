@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfinetune.bn.switches import trainable
+from bnfinetune.bn.policy.switched_layer import trainable
 from bnfinetune.diagnose.case import Case
 from bnfinetune.diagnose.facts import trains_only_head
 from bnfinetune.diagnose.registry import Trouble, rule

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bnfinetune.bn.collectives import gather_in_rank_order
-from bnfinetune.bn.recorder import population_of
+from bnfinetune.bn.population import population_of
+from bnfinetune.bn.statistics.collectives import gather_in_rank_order
 from bnfinetune.diagnose.case import Case
 from bnfinetune.diagnose.registry import Trouble, rule
 from bnfinetune.diagnose.trace import Trace
@@ -38,11 +38,11 @@ def disagreeing_ranks(case: Case) -> Iterator[Trouble]:
     ```python
     bnf.check_bn(model, process_group=dist.group.WORLD)        # the pitfall: after training, before evaluation
 
-    from bnfinetune.bn.ranks import merge_running_stats        # repaired: pooled by the law of total variance
+    from bnfinetune.bn.statistics.ranks import merge_running_stats  # repaired: pooled by the law of total variance
     merge_running_stats(model, count=images_seen_by_this_process)
     ```
     """
-    stats = {name: found for name, layer in case.layers.items() if (found := population_of(layer)) is not None}
+    stats = {name: found for name, layer in case.layers.items() if (found := population_of(layer).stats) is not None}
     flat = [torch.cat([each.mean.flatten(), each.var.flatten()]).double().cpu() for each in stats.values()]
     if not flat:
         return
@@ -54,7 +54,7 @@ def disagreeing_ranks(case: Case) -> Iterator[Trouble]:
         yield Trouble(
             tuple(apart),
             f"{len(apart)} layers differ between {len(rows)} processes, {worst} by up to {apart[worst]:.2g}",
-            "from bnfinetune.bn.ranks import merge_running_stats; merge_running_stats(model, count=images)",
+            "from bnfinetune.bn.statistics.ranks import merge_running_stats; merge_running_stats(model, count=images)",
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from bnfinetune.bn.layers import bn_class, native_class
-from bnfinetune.bn.switches import trainable
+from bnfinetune.bn.policy.switched_layer import trainable
 from bnfinetune.diagnose.case import Case
 from bnfinetune.diagnose.facts import bn_parameters, is_untouched, rebuilt_optimizer
 from bnfinetune.diagnose.registry import Trouble, rule

@@ -1,0 +1,1 @@
+"""Test-time adaptation: trained models made to fit unlabelled data of another domain."""

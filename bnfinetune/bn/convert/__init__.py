@@ -1,0 +1,1 @@
+"""Changes of norm family: other layers in the place of BN."""

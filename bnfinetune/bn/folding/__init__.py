@@ -1,0 +1,1 @@
+"""Convolutions and frozen BN layers computed as one: folded while training, or fused for good."""

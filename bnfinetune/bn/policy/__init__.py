@@ -1,0 +1,1 @@
+"""Policies: what BN layers shall do, put on in place, saved, and exactly undone."""

@@ -1,0 +1,89 @@
+"""Domain-specific BN (Chang et al. 2019): several populations through one model, each with its own statistics."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnfinetune.bn.layers import find_bn_layers, unwrap
+from bnfinetune.bn.policy.apply import apply_policy, restore_bn
+from bnfinetune.bn.policy.spec import BNPolicy
+from bnfinetune.bn.policy.switched_layer import state_of
+from bnfinetune.bn.population import domain_key
+from bnfinetune.errors import SelectionError
+
+
+@contextmanager
+def domain(model: nn.Module, name: str | None) -> Iterator[nn.Module]:
+    """Within this context, BN layers use and update the statistics of one domain, in either mode.
+
+    Domains are declared by `BNPolicy(domains=..., domain_affine=...)`. On a model without any, the first use of a
+    name declares it for every BN layer, with shared affine, starting from the layers' present statistics. With
+    gradient checkpointing, run the backward of one domain before the forward of the next.
+
+    Args:
+        model: any module with BN layers, wrapped or not.
+        name: a domain; None for the layers' own statistics, as outside of any context.
+
+    Example:
+        >>> with domain(model, "target"):
+        ...     loss = loss_fn(model(target_images), target_labels)
+
+    Raises:
+        SelectionError: domains have been declared, but none of this name.
+    """
+    layers = _layers_of_domain(model, name)
+    before = [(layer, layer._bn_domain) for layer in layers]
+    for layer, _ in before:
+        layer._bn_domain = name
+    try:
+        yield model
+    finally:
+        for layer, previous in before:
+            if state_of(layer) is not None:
+                layer._bn_domain = previous
+
+
+def _layers_of_domain(model: nn.Module, name: str | None) -> list[Any]:
+    layers = list(find_bn_layers(model).values())
+    if name is None:
+        return [layer for layer in layers if state_of(layer)]
+    declared = {known for layer in layers if (state := state_of(layer)) for known in state.options.domains}
+    if not declared:
+        apply_policy(model, BNPolicy(domains=name))
+        return layers
+    if name not in declared:
+        known = ", ".join(sorted(declared))
+        raise SelectionError(f"no domain {name!r}; declared are {known}; add it by BNPolicy(domains={name!r})")
+    return [layer for layer in layers if (state := state_of(layer)) and name in state.options.domains]
+
+
+def export_domain(model: nn.Module, name: str) -> nn.Module:
+    """A plain copy of a model that computes in evaluation what the model does within `domain(model, name)`.
+
+    Args:
+        model: a model with that domain.
+        name: the domain.
+
+    Returns:
+        A bare deep copy without any policy, whose `state_dict` has the original keys; the model stays as it is.
+
+    Raises:
+        SelectionError: no such domain.
+    """
+    layers = find_bn_layers(model)
+    if not any((state := state_of(layer)) and name in state.options.domains for layer in layers.values()):
+        raise SelectionError(f"no domain {name!r} in this model; declare it by BNPolicy(domains={name!r}) and train it")
+    plain = copy.deepcopy(unwrap(model))
+    with torch.no_grad():
+        for layer in find_bn_layers(plain).values():
+            for key in ("running_mean", "running_var", "num_batches_tracked", "weight", "bias"):
+                own = getattr(layer, domain_key(name, key), None)
+                if own is not None:
+                    getattr(layer, key).copy_(own)
+    return restore_bn(plain)

@@ -1,0 +1,101 @@
+"""Forwards that must leave the running statistics alone, and steps that must be taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from bnfinetune.bn.layers import find_bn_layers, require_known, unwrap
+from bnfinetune.bn.policy.switched_layer import SwitchedBN, give_back, native_state, state_of, switches_of, take_over
+from bnfinetune.errors import StatisticsError
+
+
+@contextmanager
+def no_stat_updates(model: nn.Module) -> Iterator[nn.Module]:
+    """Within this context, forwards in training mode normalise as ever, but update no running statistics.
+
+    For forwards beside the one that trains: the second pass of SAM, a learning-rate finder, a second view or loss, a
+    teacher. Contexts nest. Recomputation by gradient checkpointing never updates, inside or outside.
+
+    Args:
+        model: any module with BN layers, under a policy or not, wrapped or not.
+
+    Raises:
+        SelectionError: the model has no BN layer.
+        LayerError: a layer's class has a `forward` of its own and is not registered.
+    """
+    layers = find_bn_layers(model)
+    for name, layer in layers.items():
+        require_known(layer, name)
+    layers = {name: layer for name, layer in layers.items() if isinstance(layer, SwitchedBN) or _updates(layer)}
+    for name, layer in layers.items():
+        if not isinstance(layer, SwitchedBN):
+            take_over(layer, replace(native_state(name, layer, unwrap(model).training), passing=True))
+        cast(SwitchedBN, layer)._bn_holds += 1
+    try:
+        yield model
+    finally:
+        for layer in layers.values():
+            _release(layer)
+
+
+def _updates(layer: nn.Module) -> bool:
+    return switches_of(layer).update_stats != "none"
+
+
+def _release(layer: nn.Module) -> None:
+    if not isinstance(layer, SwitchedBN):  # restored meanwhile
+        return
+    layer._bn_holds = max(layer._bn_holds - 1, 0)
+    state = state_of(layer)
+    if state is not None and state.passing and not layer._bn_holds:
+        give_back(layer)
+
+
+class StatSnapshot:
+    """The running statistics of a model as they were at one moment, to go back to.
+
+    A step that the gradient scaler of mixed precision skips has already moved the running statistics; taking a
+    snapshot before each step and rolling back the skipped ones undoes that (and so does it for a rejected SAM step).
+
+    Args:
+        model: any module with BN layers.
+
+    Example:
+        >>> snapshot = StatSnapshot(model)
+        >>> for images, labels in loader:
+        ...     snapshot.take()
+        ...     train_step(images, labels)
+        ...     if scaler_skipped_the_step:
+        ...         snapshot.rollback()
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = list(find_bn_layers(model).values())
+        self._live: list[Tensor] = []
+        self._kept: list[Tensor] = []
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Remembers the present running statistics and counters, of every domain, and forgets earlier ones."""
+        live = [buffer for layer in self._layers for buffer in layer._buffers.values() if buffer is not None]
+        if len(live) == len(self._live) and all(a is b for a, b in zip(live, self._live, strict=True)):
+            torch._foreach_copy_(self._kept, live)
+        else:
+            self._live, self._kept = live, [buffer.clone() for buffer in live]
+
+    @torch.no_grad()
+    def rollback(self) -> None:
+        """Writes the remembered statistics back into the model's buffers.
+
+        Raises:
+            StatisticsError: nothing has been taken yet.
+        """
+        if not self._live:
+            raise StatisticsError("StatSnapshot has nothing to roll back to; call take() before the step")
+        torch._foreach_copy_(self._live, self._kept)

@@ -1,0 +1,156 @@
+"""What `precise_bn` did: per layer, in numbers, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnfinetune.bn.statistics.sampling_error import SamplingError
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """How one layer's statistics changed.
+
+    Attributes:
+        values: values per channel that the new statistics stand for, N*H*W over all batches and ranks.
+        mean_shift: largest change of a channel's mean, in units of the old standard deviation `sqrt(v + eps)`.
+        mean_shift_rms: root mean square of these over the channels.
+        var_ratio_min: smallest ratio of new to old `v + eps` over the channels.
+        var_ratio_max: largest ratio.
+        error_mean: estimated standard error of the worst channel's mean, in units of its standard deviation; None if
+            unknown.
+        error_var: estimated relative standard error of the worst channel's variance; None if unknown.
+        reread: whether the layer's inputs were read a second time for exactness.
+    """
+
+    values: int
+    mean_shift: float
+    mean_shift_rms: float
+    var_ratio_min: float
+    var_ratio_max: float
+    error_mean: float | None
+    error_var: float | None
+    reread: bool
+
+
+@dataclass(frozen=True)
+class PreciseBNReport:
+    """The outcome of one pass; `print(report)` shows a table, `report.save(path)` writes JSON.
+
+    Attributes:
+        layers: the updated layers by qualified name.
+        uncalled: selected layers that no batch reached; they keep their statistics.
+        frozen: selected layers whose statistics a policy or their class has frozen; they keep them.
+        untracked: selected layers that have no running statistics.
+        reread: layers whose inputs were read a second time for exactness.
+        variance: the estimate: pooled, mean or ema.
+        samples: images read by all ranks, without padding.
+        batches: batches read by all ranks.
+        tolerance: what was asked for; None if nothing.
+        error: estimated standard error of the worst channel of all updated layers, of its mean (in units of its
+            standard deviation) or variance (relative), whichever is larger; None if unknown.
+        seconds: duration of the pass.
+        warnings: reasons to doubt the statistics or their error.
+    """
+
+    layers: dict[str, LayerChange]
+    uncalled: tuple[str, ...]
+    frozen: tuple[str, ...]
+    untracked: tuple[str, ...]
+    variance: str
+    samples: int
+    batches: int
+    tolerance: float | None
+    error: float | None
+    seconds: float
+    warnings: tuple[str, ...]
+
+    @property
+    def reread(self) -> tuple[str, ...]:
+        """Names of the layers whose inputs were read a second time for exactness."""
+        return tuple(name for name, change in self.layers.items() if change.reread)
+
+    @property
+    def converged(self) -> bool | None:
+        """Whether the tolerance was reached; None without one."""
+        if self.tolerance is None:
+            return None
+        return self.error is not None and self.error <= self.tolerance
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers, strings, lists and dicts."""
+        return {**asdict(self), "reread": list(self.reread), "converged": self.converged}
+
+    def save(self, path: str | Path) -> None:
+        """Writes the report as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def __str__(self) -> str:
+        return "\n".join([self._headline(), *self._table(), *self._remarks()])
+
+    def _headline(self) -> str:
+        error = "" if self.error is None else f", error {self.error:.2g}"
+        goal = "" if self.tolerance is None else f" (tolerance {self.tolerance:g})"
+        return (
+            f"precise BN ({self.variance}): {len(self.layers)} layers from {self.samples} samples in "
+            f"{self.batches} batches, {self.seconds:.1f} s{error}{goal}"
+        )
+
+    def _table(self) -> list[str]:
+        width = max(len("layer"), *map(len, self.layers)) if self.layers else 0
+        lines = [f"{'layer':<{width}}  {'mean shift':>10}  {'rms':>8}  {'var ratio':>15}  {'error':>8}"]
+        for name, change in self.layers.items():
+            errors = [e for e in (change.error_mean, change.error_var) if e is not None]
+            ratio = f"{change.var_ratio_min:.3g} .. {change.var_ratio_max:.3g}"
+            error = f"{max(errors):.2g}" if errors else "-"
+            lines.append(
+                f"{name:<{width}}  {change.mean_shift:>10.3g}  {change.mean_shift_rms:>8.3g}  {ratio:>15}  {error:>8}"
+                + ("  re-read" if change.reread else "")
+            )
+        return lines
+
+    def _remarks(self) -> list[str]:
+        kept = {"never called": self.uncalled, "frozen": self.frozen, "without running statistics": self.untracked}
+        lines = [f"kept, {reason}: {', '.join(names)}" for reason, names in kept.items() if names]
+        return lines + [f"warning: {text}" for text in self.warnings]
+
+
+def layer_change(
+    old: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor],
+    eps: float,
+    values: float,
+    error: SamplingError | None,
+    reread: bool,
+) -> LayerChange:
+    """Compares a layer's old and new statistics.
+
+    Args:
+        old: mean and variance, each (C,), float64.
+        new: likewise.
+        eps: the layer's eps.
+        values: values per channel behind the new statistics.
+        error: their estimated error; None if unknown.
+        reread: whether inputs were read a second time.
+    """
+    (old_mean, old_var), (new_mean, new_var) = old, new
+    shifts = (new_mean - old_mean).abs() / (old_var + eps).sqrt()
+    ratios = (new_var + eps) / (old_var + eps)
+    known = error is not None and math.isfinite(error.worst)
+    return LayerChange(
+        values=int(values),
+        mean_shift=shifts.max().item(),
+        mean_shift_rms=torch.linalg.vector_norm(shifts).item() / len(shifts) ** 0.5,
+        var_ratio_min=ratios.min().item(),
+        var_ratio_max=ratios.max().item(),
+        error_mean=error.mean if error and known else None,
+        error_var=error.var if error and known else None,
+        reread=reread,
+    )

@@ -1,0 +1,201 @@
+"""Test-time adaptation: AdaBN, mixing and TENT against their definitions in plain PyTorch; TENT's guards one by one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from bnfinetune.bn import BNPolicy, apply_policy, find_bn_layers, freeze_bn
+from bnfinetune.bn.adapt.methods import Tent, adapt_model
+from bnfinetune.bn.folding.fold import fold_bn, fold_report
+from bnfinetune.bn.statistics.precise import precise_bn
+from bnfinetune.errors import PolicyError, SelectionError
+from tests.bn.models import backbone, differing, images, tensors_of, toy
+
+CLASSES = 5
+
+
+def classifier(norm: type[nn.Module] = nn.BatchNorm2d) -> nn.Module:
+    """A small net that tells its classes apart, evaluated by stored statistics."""
+    return nn.Sequential(*toy(norm), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 4 * 4, CLASSES)).eval()
+
+
+def shifted(batch: int = 32, seed: int = 0) -> torch.Tensor:
+    return 2 * images(batch, 8, seed) + 1
+
+
+def test_none_is_the_model_itself():
+    model = classifier()
+    assert adapt_model(model, "none") is model
+
+
+@pytest.mark.parametrize("method", ["adabn", "mix", "tent"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNormAct2d])
+def test_the_model_itself_stays_as_it_is(method, norm):
+    model = classifier(norm)
+    before, classes = tensors_of(model), [type(module) for module in model.modules()]
+    data = [(shifted(seed=seed), torch.zeros(32)) for seed in range(3)]
+    adapted = adapt_model(model, method, data)
+    for batch, _ in data:
+        adapted(batch)
+    assert not differing(tensors_of(model), before)
+    assert [type(module) for module in model.modules()] == classes
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module.training for module in adapted.modules())
+
+
+def test_adabn_is_a_pass_of_precise_bn_over_the_target_data():
+    model = classifier()
+    freeze_bn(model, layers="1")
+    data = [shifted(seed=seed) for seed in range(3)]
+    adapted, expected = adapt_model(model, "adabn", data, num_samples=40), copy.deepcopy(model)
+    precise_bn(expected, data, num_samples=40, include_frozen=True)
+    assert torch.equal(adapted(data[0]), expected(data[0]))
+    assert not torch.allclose(adapted(data[0]), model(data[0]))
+
+
+def test_mixing_weighs_stored_statistics_as_so_many_samples():
+    norm = nn.BatchNorm2d(3).eval()
+    norm.running_mean.fill_(2.0)
+    norm.running_var.fill_(9.0)
+    x = shifted(8)
+    batch_mean, batch_var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    mean, var = (24 * 2.0 + 8 * batch_mean) / 32, (24 * 9.0 + 8 * batch_var) / 32
+    expected = (x - mean.view(1, -1, 1, 1)) / (var + norm.eps).sqrt().view(1, -1, 1, 1)
+    torch.testing.assert_close(adapt_model(nn.Sequential(norm), "mix", mix_prior=24.0)(x), expected)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNormAct2d])
+def test_tent_equals_plain_pytorch_step_by_step(norm):
+    model = classifier(norm)
+    tent, plain = adapt_model(model, "tent", lr=0.01), copy.deepcopy(model)
+    layers = [layer.train() for layer in find_bn_layers(plain).values()]
+    optimizer = torch.optim.Adam([p for layer in layers for p in (layer.weight, layer.bias)], lr=0.01)
+    for seed in range(4):
+        x = shifted(seed=seed)
+        logits = plain(x)
+        with torch.inference_mode():  # as evaluation loops run it
+            predicted = tent(x + 0)
+        torch.testing.assert_close(predicted, logits)
+        assert not predicted.requires_grad
+        optimizer.zero_grad()
+        torch.distributions.Categorical(logits=logits).entropy().mean().backward()
+        optimizer.step()
+    assert tent.steps == 4
+    for ours, theirs in zip(find_bn_layers(tent.network).values(), layers, strict=True):
+        torch.testing.assert_close(ours.weight, theirs.weight)
+        torch.testing.assert_close(ours.bias, theirs.bias)
+    source, adapted = tensors_of(model), tensors_of(tent.network)
+    assert {key.split(".")[0] for key in differing(source, adapted)} == {"1", "4"}
+    assert not [key for key in differing(source, adapted) if "running" in key or "tracked" in key]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
+def test_tent_lowers_the_entropy_of_real_families(name):
+    tent, x = Tent(backbone(name), lr=1e-2), images(16, 32)
+    entropies = [torch.distributions.Categorical(logits=tent(x)).entropy().mean() for _ in range(4)]
+    assert entropies[-1] < entropies[0]
+
+
+def test_small_batches_are_predicted_by_mixing_without_a_step():
+    model = classifier()
+    tent = Tent(model, min_batch=8, mix_prior=4.0)
+    affine = tensors_of(tent.network)
+    mixed = adapt_model(model, "mix", mix_prior=4.0)
+    assert torch.equal(tent(shifted(7)), mixed(shifted(7)))
+    assert (tent.steps, tent.small_batches) == (0, 1)
+    assert not differing(tensors_of(tent.network), affine)
+    tent(shifted(8))
+    assert tent.steps == 1
+
+
+def test_a_collapse_is_seen_and_undone():
+    """Steps far too large drive every prediction into one class, unless they are watched."""
+
+    def classes_at_the_end(tent: Tent) -> int:
+        for seed in range(60):
+            predicted = tent(shifted(64, seed)).argmax(1)
+        return len(predicted.unique())
+
+    model = classifier()
+    assert classes_at_the_end(Tent(model, lr=1.0, collapse=1e-6)) == 1  # the danger is real
+    guarded = Tent(model, lr=1.0)
+    assert classes_at_the_end(guarded) >= 3
+    assert guarded.resets == 2
+
+
+def test_after_too_many_resets_it_gives_up():
+    model = classifier()
+    tent = Tent(model, lr=1.0, collapse=0.95, max_resets=1)
+    for seed in range(60):
+        tent(shifted(64, seed))
+    assert tent.resets == 2
+    assert tent.exhausted
+    source = Tent(model, max_steps=0)
+    assert torch.equal(tent(shifted(64)), source(shifted(64)))  # the source's weights and biases
+
+
+def test_gentle_steps_do_not_count_as_collapse():
+    tent = Tent(classifier(), lr=1e-3)
+    for seed in range(40):
+        tent(shifted(64, seed))
+    assert (tent.steps, tent.resets) == (40, 0)
+
+
+def test_an_entropy_that_is_not_finite_goes_back_to_the_source():
+    tent = Tent(classifier())
+    tent(shifted())
+    broken = shifted()
+    broken[0] = float("nan")
+    tent(broken)
+    assert tent.resets == 1
+    assert tent(shifted()).isfinite().all()
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_at_most_the_passes_asked_for(passes):
+    data = [shifted(seed=seed) for seed in range(4)]
+    tent = adapt_model(classifier(), "tent", data, passes=passes)
+    assert tent.steps == 4 * (passes - 1)
+    for _ in range(3):
+        for batch in data:
+            tent(batch)
+    assert tent.steps == 4 * passes
+    assert tent.exhausted
+
+
+def test_folded_and_frozen_models_adapt_too():
+    model = fold_bn(freeze_bn(classifier()), shifted())
+    tent = Tent(model)
+    assert not fold_report(tent.network).folded
+    assert fold_report(model).folded
+    tent(shifted())
+    assert differing(tensors_of(tent.network), tensors_of(model))
+
+
+def test_an_evaluation_policy_of_the_model_is_overridden_in_the_copy_only():
+    model = apply_policy(classifier(), BNPolicy(eval_stats="batch"))
+    adapted = adapt_model(model, "adabn", [shifted()])
+    assert torch.equal(adapted(shifted()), adapt_model(classifier(), "adabn", [shifted()])(shifted()))
+
+
+@pytest.mark.parametrize(
+    ("run", "error", "message"),
+    [
+        (lambda: adapt_model(classifier(), "tend"), PolicyError, "none, adabn, mix, tent"),
+        (lambda: adapt_model(classifier(), "adabn"), PolicyError, "pass data="),
+        (lambda: adapt_model(classifier(), "tent", passes=2), PolicyError, "pass data="),
+        (lambda: adapt_model(classifier(), "tent", [], passes=0), PolicyError, "passes=0"),
+        (lambda: Tent(classifier(), lr=0), PolicyError, "lr=0"),
+        (lambda: Tent(classifier(), min_batch=1), PolicyError, "min_batch=1"),
+        (lambda: Tent(nn.Sequential(nn.BatchNorm2d(3, affine=False))), PolicyError, "affine=False"),
+        (lambda: Tent(nn.Sequential(nn.Linear(3, 3))), SelectionError, "no BatchNorm"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_with_the_remedy(run, error, message):
+    with pytest.raises(error, match=message):
+        run()
