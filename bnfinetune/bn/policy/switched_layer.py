@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import Parameter
 
+from bnfinetune.bn.class_change import is_as_made, make_class, put_on, take_off
 from bnfinetune.bn.layers import BNClass, Tail, require_known
 from bnfinetune.bn.policy.rank_groups import GroupChoice
 from bnfinetune.bn.policy.rules import EVAL_RULES, TRAIN_RULES
@@ -82,7 +83,9 @@ class SwitchedBN(nn.Module):
         finally:
             self._parameters.update(own)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if not is_as_made(self):
+            return super().__reduce_ex__(protocol)
         state: Any = self.__getstate__()  # type: ignore[no-untyped-call]
         return _blank_layer, (self._native_class,), {**state, **FRESH, "_bn_holds": 0}
 
@@ -99,18 +102,26 @@ class _AnyDimBatchNorm(_BatchNorm):
 def _switched_class(native: Any, known: BNClass) -> type[SwitchedBN]:
     base = _AnyDimBatchNorm if issubclass(native, nn.SyncBatchNorm) else native
     check = getattr(base, "_check_input_dim", _NormBase._check_input_dim)
-    members = {
-        "__module__": native.__module__,  # torch.fx takes modules of torch.nn for leaves
-        "_native_class": native,
-        "_bn_tail": staticmethod(known.tail),
-        "_bn_checks_shape": check is not _NormBase._check_input_dim,
-    }
-    return cast(type[SwitchedBN], type(f"Switched{native.__name__}", (SwitchedBN, base), members))
+    made = make_class(
+        f"Switched{native.__name__}",
+        SwitchedBN,
+        native,
+        base=base,
+        _native_class=native,
+        _bn_tail=staticmethod(known.tail),
+        _bn_checks_shape=check is not _NormBase._check_input_dim,
+    )
+    return cast(type[SwitchedBN], made)
+
+
+def _put_on(layer: nn.Module, name: str = "") -> None:
+    known = require_known(layer, name)
+    put_on(layer, lambda native: _switched_class(native, known))
 
 
 def _blank_layer(native: Any) -> nn.Module:
     layer: nn.Module = native.__new__(native)
-    layer.__class__ = _switched_class(native, require_known(layer))
+    _put_on(layer)
     return layer
 
 
@@ -208,8 +219,7 @@ def take_over(layer: Any, state: LayerState) -> None:
         if "num_batches_tracked" in state.original.added:
             _add_buffer(layer, "num_batches_tracked", torch.zeros((), dtype=torch.long))
         vars(layer).update(_bn_holds=0, **FRESH)
-        native: Any = type(layer)
-        layer.__class__ = _switched_class(native, require_known(layer, state.name))
+        _put_on(layer, state.name)
     layer._bn_state = state
     _fit_extra_tensors(layer, state.options)
 
@@ -258,7 +268,7 @@ def own_parameters(layer: nn.Module) -> dict[str, Parameter]:
 def give_back(layer: Any) -> None:
     """Gives a layer its class back, and takes back what it was lent; everything else stays as it is."""
     lent = [*extra_tensors(layer), *(["momentum"] if "momentum" in layer._bn_state.original.added else [])]
-    layer.__class__ = layer._native_class
+    take_off(layer, SwitchedBN)
     for name in lent:
         delattr(layer, name)
     for name in [name for name in vars(layer) if name.startswith("_bn_")]:
