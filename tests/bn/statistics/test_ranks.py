@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from bnfinetune.bn import domain
-from bnfinetune.bn.statistics.moments import Moments, all_reduce_moments
+from bnfinetune.bn.statistics.moments import all_reduce_moments
 from bnfinetune.bn.statistics.ranks import merge_running_stats
 from bnfinetune.errors import StatisticsError
 from tests.bn.distributed import run_ranks
+from tests.bn.statistics.oracle import moments_of
 
 COUNTS = (30, 0, 12)
 
@@ -112,7 +113,7 @@ def test_a_fault_on_one_rank_is_raised_on_all_and_changes_nothing(tmp_path):
 
 def all_reduce_rank(rank: int) -> list[Moments]:
     shards = (torch.arange(12.0).view(4, 3), torch.empty(0, 3), torch.full((1, 3), 100.0))
-    return all_reduce_moments([Moments.of(shards[rank]), Moments.of(shards[rank] * 2)])
+    return all_reduce_moments([moments_of(shards[rank]), moments_of(shards[rank] * 2)])
 
 
 def test_all_reduce_of_unequal_and_empty_shards(tmp_path):
