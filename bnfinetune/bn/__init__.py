@@ -1,6 +1,6 @@
 """The BatchNorm core: one layer with independent switches, usable alone in anybody's training loop."""
 
-from bnfinetune.bn.adapt.methods import Tent, adapt_model
+from bnfinetune.bn.adapt import Tent, adapt_model
 from bnfinetune.bn.convert.group_norm import GroupNormReport, convert_group_norm
 from bnfinetune.bn.folding.fold import fold_bn, unfold_bn
 from bnfinetune.bn.folding.fuse import fuse_bn

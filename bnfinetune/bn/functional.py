@@ -22,6 +22,11 @@ def along(axis: int, ndim: int) -> tuple[int, ...]:
     return tuple(-1 if dim == axis else 1 for dim in range(ndim))
 
 
+def is_traced(x: Any) -> bool:
+    """Whether `torch.fx` is tracing, and a batch only stands for a tensor."""
+    return not isinstance(x, Tensor)
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which statistics of a batch are computed: float32 or wider."""
     return torch.promote_types(dtype, torch.float32)
@@ -53,13 +58,22 @@ def _plain_moments(x: Tensor) -> tuple[Tensor, Tensor]:
         mean = x.new_zeros(x.shape[1], dtype=wide_dtype(x.dtype))
         return mean, mean.clone()
     dims = [0, *range(2, x.ndim)]
-    if type(x) is Tensor and x.dtype != wide_dtype(x.dtype) and x.device.type == "cuda":
-        if not (torch.compiler.is_compiling() or _needs_plain_operators()):
-            # accumulates in float32 without a float32 copy of the batch; on the CPU it does so less exactly
-            mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
-            return mean, var
-    var, mean = torch.var_mean(x.to(wide_dtype(x.dtype)), dims, correction=0)
+    if x.dtype != wide_dtype(x.dtype) and _has_wide_kernel(x):
+        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+    else:
+        var, mean = torch.var_mean(x.to(wide_dtype(x.dtype)), dims, correction=0)
     return mean, var
+
+
+def _has_wide_kernel(x: Tensor) -> bool:
+    """Whether half precision can be summed up in float32 without a float32 copy of the batch.
+
+    CUDA has a kernel for it. The CPU's is less exact than the copy, MPS and XPU have none, and a compiler fuses the
+    copy away.
+    """
+    if x.device.type != "cuda" or type(x) is not Tensor:
+        return False
+    return not (torch.compiler.is_compiling() or _needs_plain_operators())
 
 
 def _plain_normalise(
@@ -266,7 +280,7 @@ def normalise_by_fixed(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """`normalise_with` for statistics without gradient: keeps `x` for backward only if weight or bias trains."""
-    if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled() and not _needs_plain_operators():
+    if not is_traced(x) and x.requires_grad and torch.is_grad_enabled() and not _needs_plain_operators():
         affine_learns = any(tensor is not None and tensor.requires_grad for tensor in (weight, bias))
         if not affine_learns:
             return _ScaleAndShift.apply(x, mean, var, weight, bias, eps)  # type: ignore[no-any-return]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bnfinetune.bn.functional import is_traced
 from bnfinetune.errors import LayerError, StatisticsError
 
 STATS = ("running_mean", "running_var", "num_batches_tracked")
@@ -119,13 +120,13 @@ class Population:
                 f"statistics of; use a larger batch, drop the last incomplete one, or set train_stats='running'"
             )
 
-    def require_tensor(self, x: Any, switch: str) -> None:
+    def require_tensor(self, x: Tensor, switch: str) -> None:
         """Refuses to be traced by `torch.fx`, which sees no numbers to decide by.
 
         Raises:
             LayerError: the batch is no tensor but stands for one.
         """
-        if not isinstance(x, Tensor):
+        if is_traced(x):
             raise LayerError(
                 f"BN layer {self.name!r} cannot be traced by torch.fx under {switch}; trace the model in evaluation "
                 "mode with eval_stats='running', with frozen statistics, or use torch.export"

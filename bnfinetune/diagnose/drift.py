@@ -74,6 +74,7 @@ def inspect_bn(
     }
     if not chosen:
         raise StatisticsError("no selected BN layer keeps running statistics; there is nothing to inspect")
+    require_values(chosen, affine=True)
     sample = _read(data, images, device_of(net))
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(net))

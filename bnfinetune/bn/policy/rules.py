@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnfinetune.bn.functional import batch_moments, normalise_by_fixed, normalise_with, pooled_moments
+from bnfinetune.bn.functional import batch_moments, is_traced, normalise_by_fixed, normalise_with, pooled_moments
 from bnfinetune.bn.policy.state import Options
 from bnfinetune.bn.population import Population
 
@@ -25,13 +25,13 @@ Rule = Callable[[Population, Options, Tensor], Tensor]
 
 def normalise_by_batch(population: Population, options: Options, x: Tensor) -> Tensor:
     """Plain BN in training (Ioffe & Szegedy 2015): `xhat = (x - m_B) / sqrt(v_B + e)`."""
-    if not isinstance(x, Tensor):
+    if is_traced(x):
         return _trace_by_batch(population, x)
     population.require_many(x)
     return _normalise_in_parts(population, [x])
 
 
-def _trace_by_batch(population: Population, x: Any) -> Tensor:
+def _trace_by_batch(population: Population, x: Tensor) -> Tensor:
     """What `torch.fx` records of `normalise_by_batch`: the fused step that plain BN takes, its update included."""
     stats = population.stats
     if stats is None or not population.updates:

@@ -207,7 +207,8 @@ def _views_in(batch: Any, images: Images | None) -> int:
     if images.form == "views":
         return len(images.part)
     beside = [item for item in batch if isinstance(item, Tensor)] if _is_list(batch) else []
-    return max(sum(t.ndim >= 4 and t.is_floating_point() and t.shape[:2] == images.part.shape[:2] for t in beside), 1)
+    alike = [t for t in beside if t.ndim >= 4 and t.is_floating_point() and t.shape[:2] == images.part.shape[:2]]
+    return max(len(alike), 1)
 
 
 def _labels(batch: Any) -> Any:
@@ -233,8 +234,10 @@ def _is_expected(batch: Any, part: Any) -> bool:
 
 
 def _described(batch: Any) -> str:
-    return f"a {type(batch).__name__} of {type(batch[0]).__name__}s" if _is_list(batch) and batch else (
-        f"a {type(batch).__name__}"
+    return (
+        f"a {type(batch).__name__} of {type(batch[0]).__name__}s"
+        if _is_list(batch) and batch
+        else (f"a {type(batch).__name__}")
     )
 
 

@@ -98,19 +98,28 @@ def recorded(
         }
 
 
-def require_values(layers: Mapping[str, nn.Module]) -> None:
-    """Refuses layers whose running statistics hold no values.
+def require_values(layers: Mapping[str, nn.Module], *, affine: bool = False) -> None:
+    """Refuses layers whose tensors hold no values, as under accelerate's offloading.
+
+    Args:
+        layers: BN layers by name.
+        affine: whether weight and bias are needed as well as the running statistics.
 
     Raises:
-        StatisticsError: a layer's buffers are on the meta device.
+        StatisticsError: a tensor is on the meta device.
     """
     for name, layer in layers.items():
-        stats = population_of(layer).stats
-        if stats is not None and stats.mean.device.type == "meta":
-            raise StatisticsError(
-                f"BN layer {name!r} has its running statistics on the meta device, where they hold no values; "
-                "materialise the model, or offload it with offload_buffers=False"
-            )
+        population = population_of(layer)
+        stats = population.stats
+        named = {"running_mean": stats and stats.mean, "running_var": stats and stats.var}
+        if affine:
+            named |= {"weight": population.weight, "bias": population.bias}
+        for key, tensor in named.items():
+            if tensor is not None and tensor.device.type == "meta":
+                raise StatisticsError(
+                    f"BN layer {name!r} has its {key} on the meta device, where it holds no values; "
+                    + ("load the model whole" if affine else "load the model whole, or offload no buffers")
+                )
 
 
 def write(statistics: Mapping[str, LayerStatistics], new: Mapping[str, NewStatistics], count_batches: bool) -> None:

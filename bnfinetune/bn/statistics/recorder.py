@@ -43,7 +43,7 @@ _MISSING = object()
 class _Row(NamedTuple):
     """How many values per channel a recorded batch had, and whether it was read again."""
 
-    count: int
+    values: int
     reread: bool
 
 
@@ -104,7 +104,7 @@ class LayerRecorder:
         return y
 
     def take(self) -> list[tuple[list[_Row], Tensor]]:
-        """Takes out what was recorded since the last time, by blocks (planes, rows, C) that the next batch overwrites."""
+        """Takes out what was recorded since the last time: blocks (planes, rows, C), which the next batch overwrites."""
         self._close_block()
         taken, self._full = self._full, []
         return taken
@@ -187,7 +187,7 @@ def _read_again(x: Tensor, around: Tensor, shift: Tensor, squares: Tensor) -> No
 
 def _exact_rows(rows: list[_Row], planes: Tensor) -> Rows:
     """Rows in float64 from the planes mean, unbiased variance and, where batches were read again, sums of distances."""
-    counts = torch.tensor([row.count for row in rows], dtype=torch.float64, device="cpu")
+    counts = torch.tensor([row.values for row in rows], dtype=torch.float64, device="cpu")
     means, m2s = planes[0], planes[1] * (counts - 1)[:, None]  # undoes Bessel's correction
     if len(planes) > 2:
         reread = torch.tensor([row.reread for row in rows], device="cpu")[:, None]

@@ -134,7 +134,7 @@ def layer_changes(
     statistics: Mapping[str, LayerStatistics], new: Mapping[str, NewStatistics]
 ) -> dict[str, LayerChange]:
     """Compares new statistics with those that the model still holds."""
-    held = fetch([buffer for name in new for buffer in statistics[name].buffers[:2]])  # type: ignore[misc]
+    held = fetch([buffer for name in new for buffer in statistics[name].buffers[:2]])
     return {
         name: _change(mean, var, statistics[name].eps, new[name])
         for name, mean, var in zip(new, held[::2], held[1::2], strict=True)

@@ -10,7 +10,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from bnfinetune.bn import BNPolicy, apply_policy, find_bn_layers, freeze_bn
-from bnfinetune.bn.adapt.methods import Tent, adapt_model
+from bnfinetune.bn.adapt import Tent, adapt_model
 from bnfinetune.bn.folding.fold import fold_bn, fold_report
 from bnfinetune.bn.statistics.precise import precise_bn
 from bnfinetune.errors import PolicyError, SelectionError

@@ -421,13 +421,6 @@ def test_modes_hooks_and_buffers_stay():
     assert "forward" not in vars(model[1])
 
 
-def test_a_forward_of_the_instance_is_put_back():
-    model = nn.Sequential(nn.BatchNorm2d(3))
-    own = model[0].forward = lambda x: x
-    precise_bn(model, batches_of())
-    assert model[0].forward is own
-
-
 # --- limits
 
 

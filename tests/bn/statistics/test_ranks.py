@@ -111,7 +111,7 @@ def test_a_fault_on_one_rank_is_raised_on_all_and_changes_nothing(tmp_path):
     assert "'1' has a running_var that is not finite" in nan_1
 
 
-def all_reduce_rank(rank: int) -> list[Moments]:
+def all_reduce_rank(rank: int) -> list:
     shards = (torch.arange(12.0).view(4, 3), torch.empty(0, 3), torch.full((1, 3), 100.0))
     return all_reduce_moments([moments_of(shards[rank]), moments_of(shards[rank] * 2)])
 
