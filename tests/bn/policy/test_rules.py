@@ -216,6 +216,23 @@ def test_statistics_that_are_not_finite_stay_out(rule, poison):
 
 
 @pytest.mark.parametrize("rule", TRAIN)
+def test_a_cumulative_average_counts_only_whole_sound_batches(rule):
+    layer = make_layer(nn.BatchNorm2d, train_stats=rule, update_stats="cumulative", **TRAIN[rule])
+    sound = make_layer(nn.BatchNorm2d, train_stats=rule, update_stats="cumulative", **TRAIN[rule])
+    for step in range(4):
+        x = make_input((6, CHANNELS, 3, 3), seed=step).detach()
+        if step == 1:
+            x[0, 1, 0, 0] = math.nan  # of one channel; an average of the others would weigh this batch twice
+            layer(x)
+            continue
+        layer(x)
+        sound(x)
+    assert (layer.num_batches_tracked, sound.num_batches_tracked) == (3, 3)
+    torch.testing.assert_close(layer.running_mean, sound.running_mean, **DOUBLE)
+    torch.testing.assert_close(layer.running_var, sound.running_var, **DOUBLE)
+
+
+@pytest.mark.parametrize("rule", TRAIN)
 def test_memory_format_and_layout_do_not_matter(rule):
     x = make_input((7, CHANNELS, 4, 5)).detach()
     results = []
