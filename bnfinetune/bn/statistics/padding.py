@@ -38,7 +38,8 @@ def _after_skipped(loader: Any, rule: RealRows) -> RealRows:
 
 def _batch_sampler(loader: Any) -> tuple[Any, int]:
     """A loader's batch sampler below those with which accelerate skips first batches, and how many these skip."""
-    dealt, skipped = getattr(loader, "batch_sampler", None), 0
+    dealt: Any = getattr(loader, "batch_sampler", None)
+    skipped = 0
     while type(dealt).__name__ == "SkipBatchSampler":
         dealt, skipped = dealt.batch_sampler, skipped + dealt.skip_batches
     return dealt, skipped

@@ -104,7 +104,7 @@ class LayerRecorder:
         return y
 
     def take(self) -> list[tuple[list[_Row], Tensor]]:
-        """Takes out what was recorded since the last time: blocks (planes, rows, C), which the next batch overwrites."""
+        """Takes out what was recorded since the last time: blocks (planes, rows, C), overwritten by the next batch."""
         self._close_block()
         taken, self._full = self._full, []
         return taken

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfinetune.bn import BNPolicy, apply_policy
 from bnfinetune.errors import StatisticsError
@@ -264,6 +265,29 @@ def test_half_precision_activations_keep_their_type_and_wide_statistics(rule):
     torch.testing.assert_close(got.double(), wanted, rtol=1e-2, atol=3e-2)
     torch.testing.assert_close(half.running_mean.double(), wide.running_mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(half.running_var.double(), wide.running_var, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["running", "renorm", "stochastic"])
+def test_wide_kernels_take_no_copy_of_a_half_precision_batch(rule, monkeypatch):
+    """As on CUDA: what the CPU computes less exactly by this kernel it computes all the same."""
+    monkeypatch.setattr("bnfinetune.bn.functional._has_wide_kernel", lambda x: True)
+    largest = []
+
+    class Conversions(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default:
+                largest.append(args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    wide = make_layer(nn.BatchNorm2d, train_stats=rule, **TRAIN[rule])
+    half = make_layer(nn.BatchNorm2d, train_stats=rule, **TRAIN[rule]).float()
+    x = make_input((8, CHANNELS, 6, 6)).detach().bfloat16()
+    with Conversions():
+        half(x)
+    wide(x.double())
+    assert max(largest, default=0) <= CHANNELS
+    torch.testing.assert_close(half.running_mean.double(), wide.running_mean, rtol=2e-2, atol=1e-2)
+    torch.testing.assert_close(half.running_var.double(), wide.running_var, rtol=2e-2, atol=1e-2)
 
 
 def test_stochastic_draws_follow_the_seed_and_the_probability():

@@ -36,7 +36,9 @@ def second_world_rank(rank: int, ranks: int, store: str) -> list[torch.Tensor]:
     for world, order in enumerate([range(ranks), [0, 2, 1, 3]]):
         if world:
             dist.destroy_process_group()
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=list(order).index(rank), world_size=ranks)
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=list(order).index(rank), world_size=ranks
+            )
         model.load_state_dict(toy(BatchNormAct2d).double().state_dict())
         found.append(model.train()(images(3, 9, seed=rank).double()).detach())
     return found

@@ -249,8 +249,8 @@ def test_padding_is_recognised_after_skipped_batches(skipped, tmp_path):
     for (kind, first), (_, second) in zip(*run_ranks(2, skipping_rank, tmp_path, skipped), strict=True):
         kept = first + second
         assert len(set(kept)) == len(kept), kind
-        # accelerate's dispatcher skips batches of one rank, everything else those of both
-        assert len(kept) in (13 - 3 * skipped, 13 - 6 * skipped), kind
+        # accelerate's dispatcher skips batches of one rank, everything else those of both; one sampler drops the 13th
+        assert len(kept) in (13 - 3 * skipped, 13 - 6 * skipped, 12 - 6 * skipped), kind
 
 
 def padded_statistics_rank(rank: int, kind: str) -> tuple[dict, int]:
