@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnfinetune.bn.folding.fold import unfolded
-from bnfinetune.bn.layers import Globs, find_bn_layers, native_class, select_layers, unwrap
+from bnfinetune.bn.layers import Selection, find_bn_layers, native_class, select_layers, unwrap
 from bnfinetune.bn.population import population_of
 from bnfinetune.bn.statistics.batches import Feed, device_of, labels_of, model_input
 from bnfinetune.bn.statistics.moments import Moments
@@ -34,7 +34,7 @@ def inspect_bn(
     data: Iterable[Any],
     *,
     images: int = 256,
-    layers: Globs = "*",
+    layers: Selection = "*",
     steps: int | None = None,
     causes: int = 5,
     training_images: int | None = None,
@@ -275,8 +275,8 @@ def _channels(layer: Any, rows: Rows) -> dict[str, tuple[int, ...]]:
         size = weight.detach().abs().cpu()
         muted = size < 1e-3 * size.max()
     marks = {
-        "dead": measured < layer.eps,
-        "starved": (stored < layer.eps) & ~damaged,
+        "dead": measured < population.eps,
+        "starved": (stored < population.eps) & ~damaged,
         "muted": muted,
         "damaged": damaged,
     }
@@ -309,10 +309,11 @@ def _batch_noise(layers: Mapping[str, Any], batches: Mapping[str, Rows], sizes: 
 def _spread(layer: Any, rows: Rows) -> float:
     """Root mean square over batches of the weighed distance of their statistics from the pooled ones."""
     pooled = Moments.pool(rows.counts, rows.means, rows.m2s)
-    scale = pooled.var + layer.eps
+    population = population_of(layer)
+    scale = pooled.var + population.eps
     offset = (rows.means - pooled.mean) / scale.sqrt()
-    ratio = ((rows.m2s / rows.counts[:, None] + layer.eps) / scale).sqrt() - 1
-    weight, _ = population_of(layer).affine
+    ratio = ((rows.m2s / rows.counts[:, None] + population.eps) / scale).sqrt() - 1
+    weight, _ = population.affine
     squares = torch.ones_like(scale) if weight is None or not weight.any() else weight.detach().cpu().double().square()
     squared = (offset.square() + ratio.square()) @ (squares / squares.sum())
     return math.sqrt(float(squared.sum()) / (len(squared) - 1))  # the pooled statistics are the batches' own

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnfinetune.bn.layers import Globs, native_class, require_known, select_layers, unwrap, walk_modules
+from bnfinetune.bn.layers import Selection, native_class, require_known, select_layers, unwrap, walk_modules
 from bnfinetune.bn.policy.apply import restore_bn
 from bnfinetune.bn.policy.transition import undo
 from bnfinetune.bn.statistics.batches import device_of, model_input
@@ -68,8 +68,8 @@ def convert_group_norm(
     min_group_size: int = 16,
     weight_standardisation: bool = False,
     num_samples: int = 128,
-    layers: Globs = "*",
-    exclude: Globs = (),
+    layers: Selection = "*",
+    exclude: Selection = (),
     on_report: Callable[[GroupNormReport], None] | None = None,
 ) -> nn.Module:
     """Replaces BN layers by GroupNorm, which treats every sample alone, alike in training and evaluation.

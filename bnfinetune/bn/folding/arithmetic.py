@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bnfinetune.bn.functional import along, normalise_by_fixed
-from bnfinetune.bn.layers import native_class
+from bnfinetune.bn.layers import eps_of, native_class
 from bnfinetune.bn.population import population_of
 from bnfinetune.errors import LayerError
 
@@ -69,7 +69,7 @@ def normaliser(bn: nn.Module, wide: torch.dtype) -> Normaliser:
     if stats is None:
         raise LayerError(f"a folded {native_class(bn).__name__} has lost its running statistics; set them again")
     mean, var = (tensor.to(wide, copy=True) for tensor in stats[:2])
-    return Normaliser(mean, var, -mean, (var + cast(float, bn.eps)).rsqrt())
+    return Normaliser(mean, var, -mean, (var + eps_of(bn)).rsqrt())
 
 
 def fold_with(parameters: PairParameters, fixed: Normaliser, axis: int) -> tuple[Tensor, Tensor]:

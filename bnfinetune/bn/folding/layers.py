@@ -25,7 +25,7 @@ from bnfinetune.bn.folding.arithmetic import (
     parameters_of,
     run_with,
 )
-from bnfinetune.bn.layers import BNClass, Tail, native_class, require_known
+from bnfinetune.bn.layers import BNClass, Tail, class_for_pickle, class_from_pickle, eps_of, native_class, require_known
 from bnfinetune.bn.policy.switched_layer import SwitchedBN, _blank_layer, change_listeners, switches_of
 from bnfinetune.bn.population import population_of
 
@@ -82,7 +82,7 @@ class Fold:
         fixed = Normaliser(*self._keep(wide, [], lambda: normaliser(bn, wide)))
         if has_fewer_outputs(conv, *args, *kwargs.values()):
             z = cast(Any, native_class(conv)).forward(conv, *args, **kwargs)
-            return normalise_outputs(z, parameters, fixed, cast(float, bn.eps))
+            return normalise_outputs(z, parameters, fixed, eps_of(bn))
         return run_with(conv, *fold_with(parameters, fixed, channel_axis(conv)), *args, **kwargs)
 
     def _keep(
@@ -92,7 +92,7 @@ class Fold:
         sources = [*learned, *(population_of(self.bn).stats or ())[:2]]
         if any(tensor.is_inference() for tensor in sources):
             return make()
-        setting = (dtype, self.bn.eps)
+        setting = (dtype, eps_of(self.bn))
         if self.kept is None or not self.kept.holds_for(sources, setting):
             # Inference tensors could not be used in a later forward that trains.
             with torch.inference_mode(False), torch.no_grad():
@@ -164,7 +164,7 @@ class FoldedBN(_ForgetsFolds):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = cast(Any, super().__reduce_ex__(protocol))[2]
-        return _blank_bn, (self._native_class, isinstance(self, SwitchedBN)), state
+        return _blank_bn, (*class_for_pickle(self), isinstance(self, SwitchedBN)), state
 
 
 @cache
@@ -191,9 +191,9 @@ def _blank_conv(native: Any) -> nn.Module:
     return conv
 
 
-def _blank_bn(native: Any, switched: bool) -> nn.Module:
-    layer = _blank_layer(native) if switched else native.__new__(native)
-    _become(layer, _folded_bn_class, require_known(layer))
+def _blank_bn(native: Any, known: BNClass | None, switched: bool) -> nn.Module:
+    layer = _blank_layer(native, known) if switched else native.__new__(native)
+    _become(layer, _folded_bn_class, class_from_pickle(native, known))
     return cast(nn.Module, layer)
 
 

@@ -212,7 +212,7 @@ def _is_linear_in_parameters(conv: Any, args: tuple[Any, ...]) -> bool:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradient, no compiled code; modes and random state are put back."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     tensors = [*model.parameters(), *model.buffers()]
     devices = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
     with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):

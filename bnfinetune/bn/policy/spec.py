@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from bnfinetune.bn.layers import Globs, as_globs
+from bnfinetune.bn.layers import Selection, as_tuple
 from bnfinetune.errors import PolicyError
 
 TrainStats = Literal["batch", "running", "sync", "ghost", "renorm", "stochastic"]
@@ -65,8 +65,8 @@ class BNPolicy:
     update_stats: UpdateStats | None = None
     affine: Affine | None = None
     eval_stats: EvalStats | None = None
-    layers: Globs = "*"
-    exclude: Globs = ()
+    layers: Selection = "*"
+    exclude: Selection = ()
     momentum: float | None = None
     ghost_size: int | None = None
     stochastic_p: float | None = None
@@ -96,7 +96,7 @@ class BNPolicy:
         if ramped and math.inf in (self.renorm_rmax, self.renorm_dmax):
             raise PolicyError("renorm cannot ramp up to an infinite bound; give finite renorm_rmax and renorm_dmax")
 
-        for name in as_globs(self.domains):
+        for name in as_tuple(self.domains):
             if not name.isidentifier():
                 raise PolicyError(f"domain name {name!r} is no identifier; use letters, digits and underscores")
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from bnfinetune.bn.layers import find_bn_layers, native_class
+from bnfinetune.bn.layers import eps_of, find_bn_layers, native_class
 from bnfinetune.bn.policy.state import Switches
 from bnfinetune.bn.policy.switched_layer import switches_of, trainable
 from bnfinetune.errors import LayerError
@@ -23,7 +23,7 @@ class BNRow(NamedTuple):
     eval_stats: str
     affine_grad: str
     momentum: float | None
-    eps: float
+    eps: float | None
     mode: str
 
 
@@ -58,9 +58,9 @@ def describe_bn(model: nn.Module) -> BNTable:
 
 def _row(name: str, layer: Any) -> BNRow:
     try:
-        switches = switches_of(layer)
+        switches, eps = switches_of(layer), eps_of(layer)
     except LayerError:
-        switches = Switches("?", "?", "?", "?")
+        switches, eps = Switches("?", "?", "?", "?"), getattr(layer, "eps", None)
     grads = [{None: "none", True: "yes", False: "no"}[flag] for flag in trainable(layer)]
     return BNRow(
         name or "<root>",
@@ -68,6 +68,6 @@ def _row(name: str, layer: Any) -> BNRow:
         *switches,
         affine_grad=grads[0] if grads[0] == grads[1] else "/".join(grads),
         momentum=getattr(layer, "momentum", None),
-        eps=layer.eps,
+        eps=eps,
         mode="train" if layer.training else "eval",
     )

@@ -50,7 +50,7 @@ def dropped_activation(case: Case) -> Iterator[Trouble]:
 
 
 def _holds_activation(layer: nn.Module) -> bool:
-    return not isinstance(layer._modules.get("act"), nn.Identity | None)
+    return not isinstance(getattr(layer, "act", None), nn.Identity | None)
 
 
 def _activates(layer: nn.Module) -> bool:
