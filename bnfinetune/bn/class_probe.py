@@ -85,6 +85,21 @@ def computes(
     return False
 
 
+def takes_images(native: Any, layer: nn.Module) -> bool:
+    """Whether a layer's forward turns images (N, C, H, W) into such of the same shape.
+
+    Args:
+        native: the layer's class without any policy.
+        layer: a layer that has running statistics.
+    """
+    images = torch.ones(2, _channels(layer), 3, 3, **_wide())
+    with _undisturbed():
+        try:
+            return bool(native.forward(_stand_in(native, layer, {}), images).shape == images.shape)
+        except Exception:  # a forward may refuse an input in any way
+            return False
+
+
 def _agrees(
     native: Any,
     layer: nn.Module,

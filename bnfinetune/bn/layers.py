@@ -24,7 +24,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.optim.swa_utils import AveragedModel
 
 from bnfinetune.bn.class_probe import computes, eps_by_trial
-from bnfinetune.errors import LayerError, SelectionError
+from bnfinetune.errors import LayerError, PolicyError, SelectionError
 
 Tail = Callable[[nn.Module, Tensor], Tensor]
 Predicate = Callable[[str, nn.Module], bool]
@@ -453,6 +453,18 @@ def _present(selector: Selector, named: dict[nn.Module, list[str]]) -> str:
     every_name = [name or "'' (the model itself)" for names in named.values() for name in names]
     near = difflib.get_close_matches(selector, every_name, n=3, cutoff=0.3) if isinstance(selector, str) else []
     return f"near names: {', '.join(near or every_name[:3])}"
+
+
+def require_bare(model: nn.Module, verb: str) -> None:
+    """Refuses to change modules of a model that is wrapped, or that holds a DDP wrapper anywhere.
+
+    Raises:
+        PolicyError: it is or does.
+    """
+    ddp = [module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel)]
+    wrapper = model if unwrap(model) is not model else next(iter(ddp), None)
+    if wrapper is not None:
+        raise PolicyError(f"{verb} got a {type(wrapper).__name__}; convert the bare model, then wrap it again")
 
 
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:

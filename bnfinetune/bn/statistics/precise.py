@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -258,10 +258,9 @@ def recorded(plan: PassPlan, variance: str) -> Iterator[dict[str, LayerStatistic
     with recording(plan.updated) as recorders:
         statistics = {}
         for name, recorder in recorders.items():
-            stats = population_of(recorder.layer).require_stats()
-            momentum = (
-                population_of(recorder.layer).momentum if variance == "ema" and plan.momentum is None else plan.momentum
-            )
-            estimator = estimator_of(variance, stats, cast(float | None, momentum))
+            population = population_of(recorder.layer)
+            stats = population.require_stats()
+            momentum = population.momentum if variance == "ema" and plan.momentum is None else plan.momentum
+            estimator = estimator_of(variance, stats, momentum)
             statistics[name] = LayerStatistics(recorder, len(stats.mean), estimator)
         yield statistics
