@@ -206,9 +206,9 @@ def eps_of(layer: nn.Module, name: str = "") -> float:
     Raises:
         LayerError: the layer's class is unknown, or has no eps that could be found.
     """
-    eps: float | None = getattr(layer, "eps", None)
+    eps: float | Tensor | None = getattr(layer, "eps", None)
     if eps is not None:
-        return eps
+        return eps if isinstance(eps, float) else float(eps)
     known = require_known(layer, name)
     eps = known.eps if known.eps is not None else _eps_by_trial(layer, known)
     if eps is None:
