@@ -89,7 +89,7 @@ class SwitchedBN(nn.Module):
         if not is_as_made(self):
             return super().__reduce_ex__(protocol)
         state: Any = self.__getstate__()  # type: ignore[no-untyped-call]
-        return _blank_layer, class_for_pickle(self), {**state, **FRESH, "_bn_holds": 0}
+        return blank_layer, class_for_pickle(self), {**state, **FRESH, "_bn_holds": 0}
 
 
 class _AnyDimBatchNorm(_BatchNorm):
@@ -121,7 +121,8 @@ def _put_on(layer: nn.Module, known: BNClass) -> None:
     put_on(layer, lambda native: _switched_class(native, known))
 
 
-def _blank_layer(native: Any, known: BNClass | None = None) -> nn.Module:
+def blank_layer(native: Any, known: BNClass | None = None) -> nn.Module:
+    """A layer of a class under a policy, without any attributes yet: what unpickling starts from."""
     layer: nn.Module = native.__new__(native)
     _put_on(layer, class_from_pickle(native, known))
     return layer
