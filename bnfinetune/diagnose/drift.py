@@ -35,6 +35,7 @@ def inspect_bn(
     *,
     images: int = 256,
     layers: Selection = "*",
+    exclude: Selection = (),
     steps: int | None = None,
     causes: int = 5,
     training_images: int | None = None,
@@ -50,7 +51,8 @@ def inspect_bn(
         model: any model with BN layers, under a policy or not, in either mode.
         data: any iterable of batches, as `precise_bn` takes them; labels are used where they come along. Shuffled.
         images: how many images to measure; they are held in memory.
-        layers: globs of the layers to look at.
+        layers: the layers to look at: globs on qualified names, classes or functions of name and layer.
+        exclude: the same, of layers to leave out.
         steps: optimizer updates planned, for the weight that the stored statistics will keep.
         causes: how many of the worst layers to switch one at a time; 0 skips it, stages included.
         training_images: size of the training set; by default that of `data`, if it tells.
@@ -63,12 +65,14 @@ def inspect_bn(
         >>> print(report.verdict)
 
     Raises:
-        SelectionError: the model has no BN layer, or a glob matches none.
+        SelectionError: the model has no BN layer, or a selector matches none.
         StatisticsError: no data, fewer than 2 images, or no layer keeps running statistics.
     """
     net = unwrap(model)
     chosen = {
-        name: layer for name, layer in select_layers(net, layers).items() if population_of(layer).stats is not None
+        name: layer
+        for name, layer in select_layers(net, layers, exclude).items()
+        if population_of(layer).stats is not None
     }
     if not chosen:
         raise StatisticsError("no selected BN layer keeps running statistics; there is nothing to inspect")

@@ -40,8 +40,9 @@ class BNPolicy:
         affine: whether weight and bias are `trained` or `frozen`.
         eval_stats: what normalises in evaluation. `running`; `batch`: the evaluated batch's; `mix`: both, with the
             running statistics counting for `mix_prior` samples (Schneider et al. 2020).
-        layers: globs (`fnmatch`) on qualified layer names that the policy applies to.
-        exclude: globs of layers that it leaves alone.
+        layers: what the policy applies to: globs (`fnmatch`) on qualified layer names, classes such as
+            `nn.BatchNorm1d`, functions of name and layer, or several of these.
+        exclude: the same, of layers that it leaves alone.
         momentum: weight of the newest batch in `ema`, from 0 to 1; see `auto_momentum`.
         ghost_size: samples per group of `ghost`; 32 unless said before.
         stochastic_p: chance of `stochastic` to take a channel's batch statistics; 0.5 unless said before.

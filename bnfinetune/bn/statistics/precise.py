@@ -90,8 +90,8 @@ def precise_bn(
         variance: `pooled` (of all values), `mean` (of the unbiased batch variances) or `ema` (as in training);
             formulas and sources are in `bnfinetune.bn.statistics.estimators`.
         momentum: for `ema`; by default each layer's own.
-        layers: globs of the layers to update.
-        exclude: globs of layers to leave out.
+        layers: the layers to update: globs on qualified names, classes or functions of name and layer.
+        exclude: the same, of layers to leave out.
         include_frozen: update also layers whose statistics a policy, or their class, has frozen.
         forward: called as `forward(model, batch)` with the whole batch, for models that take more than images.
         progress: show a progress bar.
@@ -101,7 +101,7 @@ def precise_bn(
         A report on every layer; print it, or save it as JSON.
 
     Raises:
-        SelectionError: the model has no BN layer, or a glob matches none.
+        SelectionError: the model has no BN layer, or a selector matches none.
         LayerError: a layer's class has a `forward` of its own and is not registered.
         ShortDataError: the data ended before `num_batches` or `num_samples`.
         StatisticsError: no data, nothing to update, values that are not finite, or a fault on another rank.
