@@ -101,10 +101,11 @@ def _check(name: str, layer: Any, shared: set[int]) -> None:
 
 def _absorb(layer: Any, convs: list[Any]) -> None:
     """Leaves a layer mean 0 and variance 1; its scale goes into convs, or into its own weight if there are none."""
-    stats = population_of(layer).require_stats()
+    population = population_of(layer)
+    stats, eps = population.require_stats(), population.eps
     learns = any(p.requires_grad for module in (layer, *convs) for p in module.parameters(recurse=False))
     wide = widest_dtype(stats.mean)
-    scale = layer.weight.to(wide) * (stats.var.to(wide) + layer.eps).rsqrt()
+    scale = layer.weight.to(wide) * (stats.var.to(wide) + eps).rsqrt()
     biased = any(conv.bias is not None for conv in convs)
     for conv, (weight, bias) in [(conv, fold_parameters(conv, layer, wide)) for conv in convs]:
         conv.weight.copy_(weight)
@@ -113,7 +114,7 @@ def _absorb(layer: Any, convs: list[Any]) -> None:
     layer.bias.copy_(torch.zeros_like(scale) if biased else layer.bias - stats.mean * scale)
     layer.weight.copy_(torch.ones_like(scale) if convs else scale)
     stats.mean.zero_()
-    stats.var.fill_(1 - layer.eps)
+    stats.var.fill_(1 - eps)
     for conv in convs:
         _let_learn(conv.weight, learns)
         _let_learn(conv.bias, learns)

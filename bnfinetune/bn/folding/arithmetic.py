@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bnfinetune.bn.folding.keeper import Keeper
 from bnfinetune.bn.functional import along, normalise_by_fixed
-from bnfinetune.bn.layers import native_class
+from bnfinetune.bn.layers import eps_of, native_class
 from bnfinetune.bn.population import population_of
 from bnfinetune.errors import LayerError
 
@@ -70,7 +70,7 @@ def normaliser(bn: nn.Module, wide: torch.dtype) -> Normaliser:
     if stats is None:
         raise LayerError(f"a folded {native_class(bn).__name__} has lost its running statistics; set them again")
     mean, var = (tensor.to(wide, copy=True) for tensor in stats[:2])
-    return Normaliser(mean, var, -mean, (var + cast(float, bn.eps)).rsqrt())
+    return Normaliser(mean, var, -mean, (var + eps_of(bn)).rsqrt())
 
 
 def fold_with(parameters: PairParameters, fixed: Normaliser, axis: int) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,7 @@ def compute_as_one(
     fixed = normaliser(bn, wide) if keeper is None else keeper.keep(bn, bn, [], wide, lambda: normaliser(bn, wide))
     if has_fewer_outputs(conv, *args, *kwargs.values()):
         z = run_with(conv, parameters.weight, parameters.bias, *args, **kwargs)
-        return normalise_outputs(z, parameters, fixed, cast(float, bn.eps))
+        return normalise_outputs(z, parameters, fixed, eps_of(bn))
     return run_with(conv, *fold_with(parameters, fixed, channel_axis(conv)), *args, **kwargs)
 
 

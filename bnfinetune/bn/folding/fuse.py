@@ -184,7 +184,7 @@ def _channel_scale(layer: nn.Module) -> ChannelScale:
     stats, (gain, shift) = population.require_stats(), population.affine
     wide, dtype = widest_dtype(stats.mean), stats.mean.dtype
     with torch.no_grad():
-        scale = (stats.var.to(wide) + cast(float, layer.eps)).rsqrt()
+        scale = (stats.var.to(wide) + population.eps).rsqrt()
         scale = scale if gain is None else scale * gain
         offset = -stats.mean * scale
         scaled = ChannelScale(scale.to(dtype), (offset if shift is None else offset + shift).to(dtype))

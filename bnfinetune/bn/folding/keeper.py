@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from bnfinetune.bn.layers import eps_of
 from bnfinetune.bn.population import population_of
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class Keeper:
         if any(tensor.is_inference() for tensor in sources):
             return make()
         state = [(tensor, tensor._version, tensor.data_ptr()) for tensor in sources]
-        setting = (dtype, bn.eps)
+        setting = (dtype, eps_of(bn))
         known = self._kept.get(of)
         if known is not None and known[1] == setting and _is_same(known[0], state):
             return cast(T, known[2])

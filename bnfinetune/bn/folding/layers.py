@@ -19,7 +19,7 @@ from bnfinetune.bn.class_change import is_as_made, make_class, put_on, take_off
 from bnfinetune.bn.folding.arithmetic import compute_as_one
 from bnfinetune.bn.folding.deferred import can_defer, defer, settled, untouched
 from bnfinetune.bn.folding.keeper import Keeper
-from bnfinetune.bn.layers import Tail, require_known
+from bnfinetune.bn.layers import BNClass, Tail, class_for_pickle, class_from_pickle, require_known
 from bnfinetune.bn.policy.switched_layer import SwitchedBN, blank_layer, change_listeners, switches_of
 from bnfinetune.errors import LayerError
 
@@ -81,7 +81,7 @@ class FoldedBN(nn.Module):
         state: Any = super().__reduce_ex__(protocol)
         if not is_as_made(self):
             return state
-        return _blank_bn, (self._native_class, isinstance(self, SwitchedBN)), state[2]
+        return _blank_bn, (*class_for_pickle(self), isinstance(self, SwitchedBN)), state[2]
 
 
 def is_watched(layer: nn.Module) -> bool:
@@ -117,14 +117,13 @@ def _blank_conv(native: Any) -> nn.Module:
     return conv
 
 
-def _blank_bn(native: Any, switched: bool) -> nn.Module:
-    layer = blank_layer(native) if switched else cast(nn.Module, native.__new__(native))
-    _fold_layer(layer)
+def _blank_bn(native: Any, known: BNClass | None, switched: bool) -> nn.Module:
+    layer = blank_layer(native, known) if switched else cast(nn.Module, native.__new__(native))
+    _fold_layer(layer, class_from_pickle(native, known).tail)
     return layer
 
 
-def _fold_layer(layer: nn.Module) -> None:
-    tail = require_known(layer).tail
+def _fold_layer(layer: nn.Module, tail: Tail) -> None:
     put_on(layer, lambda cls: _folded_bn_class(cls, tail))
 
 
@@ -144,7 +143,7 @@ def fold_pair(bn: Any, convs: tuple[Any, ...], keeper: Keeper | None = None) -> 
         if not isinstance(conv, FoldedConv):
             put_on(conv, _folded_conv_class)
     bn._fold_convs = convs
-    _fold_layer(bn)
+    _fold_layer(bn, require_known(bn).tail)
     keep_folded(bn, keeper)
 
 

@@ -19,7 +19,7 @@ Example = Tensor | Sequence[Any] | Mapping[str, Any]
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradient, no compiled code; modes, buffers and random state are put back."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     tensors = [*model.parameters(), *model.buffers()]
     devices = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
     kept = [(module, name, b, b.clone()) for module, _ in modes for name, b in module._buffers.items() if b is not None]
