@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class LayerStatistics:
     @property
     def eps(self) -> float:
         """The layer's eps."""
-        return cast(float, self.recorder.layer.eps)
+        return self.recorder.eps
 
     @property
     def buffers(self) -> RunningStats:
@@ -84,14 +84,15 @@ def recorded(
         momentum: for ema; by default each layer's own.
     """
     with recording(layers) as recorders:
-        stats = [population_of(layer).require_stats() for layer in layers.values()]
+        populations = [population_of(layer) for layer in layers.values()]
+        stats = [population.require_stats() for population in populations]
         channels = [len(each.mean) for each in stats]
         made: list[Estimator] = [PooledEstimate() if variance == "pooled" else MeanEstimate(c) for c in channels]
         if variance == "ema":
             counters = [torch.zeros((), device="cpu") if each.batches is None else each.batches for each in stats]
             present = fetch([t for each, counter in zip(stats, counters, strict=True) for t in (*each[:2], counter)])
-            starts = zip(present[::3], present[1::3], present[2::3], layers.values(), strict=True)
-            made = [EmaEstimate(m, v, int(k), momentum or cast(None, layer.momentum)) for m, v, k, layer in starts]
+            starts = zip(present[::3], present[1::3], present[2::3], populations, strict=True)
+            made = [EmaEstimate(m, v, int(k), momentum or own.momentum) for m, v, k, own in starts]
         yield {
             name: LayerStatistics(recorders[name], count, estimator)
             for name, count, estimator in zip(layers, channels, made, strict=True)

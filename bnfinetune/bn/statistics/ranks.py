@@ -8,17 +8,16 @@ variances (timm's `--dist-bn reduce`) loses the spread between the ranks' means:
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from bnfinetune.bn.layers import find_bn_layers
 from bnfinetune.bn.population import RunningStats
+from bnfinetune.bn.saved_report import SavedReport
 from bnfinetune.bn.statistics.collectives import (
     ProcessGroup,
     gather_in_rank_order,
@@ -32,7 +31,7 @@ from bnfinetune.errors import StatisticsError
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(SavedReport):
     """What `merge_running_stats` did; `print(report)` shows it, `report.save(path)` writes JSON.
 
     Attributes:
@@ -43,10 +42,6 @@ class MergeReport:
 
     counts: tuple[float, ...]
     apart: dict[str, float]
-
-    def save(self, path: str | Path) -> None:
-        """Writes the report as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
         if not self.apart:

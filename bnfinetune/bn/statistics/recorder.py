@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from bnfinetune.bn.class_change import has_foreign_forward
 from bnfinetune.bn.functional import along, wide_dtype
-from bnfinetune.bn.layers import require_known
+from bnfinetune.bn.layers import eps_of, require_known
 from bnfinetune.bn.population import population_of
 from bnfinetune.bn.statistics.moments import Rows
 from bnfinetune.bn.statistics.transfers import fetch
@@ -56,6 +56,7 @@ class LayerRecorder:
         keep: False only normalises, and records nothing.
 
     Attributes:
+        eps: added to the variance.
         reread: whether the layer's inputs are read a second time; None as long as that is open.
 
     Raises:
@@ -73,7 +74,7 @@ class LayerRecorder:
                 f"BN layer {name!r} has a forward of its own (layer.forward = ...), which recording its statistics "
                 "would leave out; delete it for the pass, or exclude the layer"
             )
-        self._eps = cast(float, layer.eps)
+        self.eps = eps_of(layer, name)
         self._key: tuple[torch.device, torch.dtype] | None = None
         self._full: list[tuple[list[_Row], Tensor]] = []
         self._rows: list[_Row] = []
@@ -91,9 +92,9 @@ class LayerRecorder:
             # One value has variance 0 and normalises to 0; the fused kernel refuses it.
             mean.copy_(x.reshape(-1))
             zero = var.zero_()
-            y = F.batch_norm(torch.zeros_like(x), zero, zero, self._weight, self._bias, False, 0.0, self._eps)
+            y = F.batch_norm(torch.zeros_like(x), zero, zero, self._weight, self._bias, False, 0.0, self.eps)
         else:
-            y = F.batch_norm(x, mean, var, self._weight, self._bias, True, 1.0, self._eps)
+            y = F.batch_norm(x, mean, var, self._weight, self._bias, True, 1.0, self.eps)
         if self._keep:
             if self.reread is None:
                 self.reread = _rereads_anyway(x)
