@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from bnfinetune.diagnose.checks import check_bn
     from bnfinetune.diagnose.drift import inspect_bn
     from bnfinetune.diagnose.watch import watch_bn
-    from bnfinetune.training.optim import param_groups
+    from bnfinetune.training.network.optim import param_groups
     from bnfinetune.training.run import finetune
 
 __all__ = [
@@ -94,7 +94,7 @@ _HOMES = {
     "load_policy_state": "bnfinetune.bn.policy.saving",
     "merge_running_stats": "bnfinetune.bn.statistics.ranks",
     "no_stat_updates": "bnfinetune.bn.policy.updates",
-    "param_groups": "bnfinetune.training.optim",
+    "param_groups": "bnfinetune.training.network.optim",
     "policy_state": "bnfinetune.bn.policy.saving",
     "precise_bn": "bnfinetune.bn.statistics.precise",
     "register_bn_class": "bnfinetune.bn.layers",

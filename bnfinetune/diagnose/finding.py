@@ -65,7 +65,10 @@ class Findings(SavedReport, list[Finding]):
 
     def to_dict(self) -> dict[str, Any]:
         """The findings as dicts, each with its rule's page, and the exit code."""
-        return {"exit_code": self.exit_code, "findings": [plain(asdict(found)) | {"page": found.page} for found in self]}
+        return {
+            "exit_code": self.exit_code,
+            "findings": [plain(asdict(found)) | {"page": found.page} for found in self],
+        }
 
     def __str__(self) -> str:
         return render(self)
