@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from bnfinetune.bn.adapt.methods import adapt_model
     from bnfinetune.bn.convert.frozen_batch_norm import convert_frozen_bn
     from bnfinetune.bn.convert.group_norm import convert_group_norm
-    from bnfinetune.bn.folding.fold import fold_bn, fold_report, unfold_bn
+    from bnfinetune.bn.folding.fold import fold_bn, fold_report, folded, unfold_bn
     from bnfinetune.bn.folding.fuse import fuse_bn
     from bnfinetune.bn.layers import find_bn_layers, register_bn_class
     from bnfinetune.bn.policy.apply import apply_policy, freeze_bn, restore_bn, unfreeze_bn
@@ -50,6 +50,7 @@ __all__ = [
     "finetune",
     "fold_bn",
     "fold_report",
+    "folded",
     "freeze_bn",
     "fuse_bn",
     "get_bn_modules",
@@ -87,6 +88,7 @@ _HOMES = {
     "finetune": "bnfinetune.training.run",
     "fold_bn": "bnfinetune.bn.folding.fold",
     "fold_report": "bnfinetune.bn.folding.fold",
+    "folded": "bnfinetune.bn.folding.fold",
     "freeze_bn": "bnfinetune.bn.policy.apply",
     "fuse_bn": "bnfinetune.bn.folding.fuse",
     "get_bn_modules": "bnfinetune.bn.statistics.fvcore",

@@ -4,7 +4,7 @@ from bnfinetune.bn.absorb import absorb_bn
 from bnfinetune.bn.adapt.methods import Tent, adapt_model
 from bnfinetune.bn.convert.frozen_batch_norm import convert_frozen_bn
 from bnfinetune.bn.convert.group_norm import GroupNormReport, convert_group_norm
-from bnfinetune.bn.folding.fold import fold_bn, fold_report, unfold_bn
+from bnfinetune.bn.folding.fold import fold_bn, fold_report, folded, unfold_bn
 from bnfinetune.bn.folding.fuse import fuse_bn
 from bnfinetune.bn.layers import find_bn_layers, register_bn_class
 from bnfinetune.bn.policy.apply import apply_policy, freeze_bn, restore_bn, unfreeze_bn
@@ -38,6 +38,7 @@ __all__ = [
     "find_bn_layers",
     "fold_bn",
     "fold_report",
+    "folded",
     "freeze_bn",
     "fuse_bn",
     "get_bn_modules",

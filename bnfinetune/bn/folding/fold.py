@@ -28,6 +28,7 @@ from bnfinetune.bn.folding.observed import Example
 from bnfinetune.bn.folding.pairs import find_pairs
 from bnfinetune.bn.layers import bn_class, find_bn_layers, native_class, unwrap, walk_modules
 from bnfinetune.bn.policy.switched_layer import switches_of
+from bnfinetune.bn.saved_report import SavedReport, aligned
 from bnfinetune.errors import PolicyError
 
 _log = logging.getLogger(__name__)
@@ -51,8 +52,12 @@ class FoldRow(NamedTuple):
         return bool(self.conv)
 
 
-class FoldReport(tuple[FoldRow, ...]):
-    """The rows of `fold_report`, in the model's order; prints as an aligned table."""
+class FoldReport(SavedReport, tuple[FoldRow, ...]):
+    """The rows of `fold_report`, in the model's order; prints as an aligned table and saves as JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The rows as dicts, under `layers`."""
+        return {"layers": [row._asdict() for row in self]}
 
     @property
     def folded(self) -> list[str]:
@@ -60,9 +65,9 @@ class FoldReport(tuple[FoldRow, ...]):
         return [row.layer for row in self if row.folded]
 
     def __str__(self) -> str:
-        cells = [("layer", "folded into", "remark"), *((row.layer, row.conv or "-", row.remark) for row in self)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+        return aligned(
+            [("layer", "folded into", "remark"), *((row.layer, row.conv or "-", row.remark) for row in self)]
+        )
 
 
 def fold_bn(model: nn.Module, example_input: Example | None = None) -> nn.Module:

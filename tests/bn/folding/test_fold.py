@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import pickle
 import warnings
 
@@ -587,6 +588,13 @@ def test_statistics_that_still_move_are_not_folded():
     assert remarks["layer3.0.bn1"] == "its statistics are not frozen: (batch, ema, frozen, running)"
     assert remarks["layer4.0.bn1"] == "its statistics are not frozen: (running, none, frozen, mix)"
     assert len(fold_report(model).folded) == 10
+
+
+def test_the_report_is_saved(tmp_path):
+    report = fold_report(folded_toy())
+    report.save(tmp_path / "folds.json")
+    saved = json.loads((tmp_path / "folds.json").read_text())
+    assert [(row["layer"], row["conv"], row["remark"]) for row in saved["layers"]] == [("1", "0", ""), ("4", "3", "")]
 
 
 def test_the_report_reads_as_a_table():
