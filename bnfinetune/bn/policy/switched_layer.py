@@ -49,7 +49,7 @@ class SwitchedBN(nn.Module):
     _check_input_dim: Callable[[Tensor], None]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._bn_checks_shape:
+        if self._bn_checks_shape and isinstance(x, Tensor):  # torch.fx traces with something else
             self._check_input_dim(x)
         state = self._bn_state
         rule = TRAIN_RULES[state.train_stats] if self.training else EVAL_RULES[state.eval_stats]
@@ -222,7 +222,7 @@ def take_over(layer: Any, state: LayerState) -> None:
         for key in _LENT.intersection(state.original.added):
             setattr(layer, key, getattr(state.original, key))
         if "num_batches_tracked" in state.original.added:
-            _add_buffer(layer, "num_batches_tracked", torch.zeros((), dtype=torch.long))
+            _add_buffer(layer, "num_batches_tracked", torch.zeros((), dtype=torch.long, device="cpu"))
         vars(layer).update(_bn_holds=0, **FRESH)
         _put_on(layer, require_known(layer, state.name))
     layer._bn_state = state
@@ -241,7 +241,7 @@ def _fit_extra_tensors(layer: Any, options: Options) -> None:
     ]:
         delattr(layer, key)
     for key in [key for key in needed if key not in layer._buffers and key not in layer._parameters]:
-        source = getattr(layer, needed[key]) if needed[key] else torch.zeros((), dtype=torch.long)
+        source = getattr(layer, needed[key]) if needed[key] else torch.zeros((), dtype=torch.long, device="cpu")
         if needed[key] not in AFFINE:
             _add_buffer(layer, key, source)
         elif source is not None:
