@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bnfinetune.bn.layers import register_bn_class as register_bn_class
     from bnfinetune.bn.policy.apply import apply_policy as apply_policy
     from bnfinetune.bn.policy.apply import freeze_bn as freeze_bn
+    from bnfinetune.bn.policy.apply import frozen as frozen
     from bnfinetune.bn.policy.apply import restore_bn as restore_bn
     from bnfinetune.bn.policy.apply import unfreeze_bn as unfreeze_bn
     from bnfinetune.bn.policy.domains import domain as domain
@@ -48,6 +49,7 @@ __all__ = [
     "finetune",
     "fold_bn",
     "freeze_bn",
+    "frozen",
     "fuse_bn",
     "get_bn_modules",
     "inspect_bn",
@@ -77,6 +79,7 @@ _HOMES = {
     "finetune": "bnfinetune.training.run",
     "fold_bn": "bnfinetune.bn.folding.fold",
     "freeze_bn": "bnfinetune.bn.policy.apply",
+    "frozen": "bnfinetune.bn.policy.apply",
     "fuse_bn": "bnfinetune.bn.folding.fuse",
     "get_bn_modules": "bnfinetune.bn.statistics.fvcore",
     "inspect_bn": "bnfinetune.diagnose.drift",

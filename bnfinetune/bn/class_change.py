@@ -8,8 +8,9 @@ accelerate's hooks, is bound anew to whatever the class computes now.
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
@@ -53,6 +54,27 @@ def take_off(module: nn.Module, mixin: Mixin) -> None:
 def is_as_made(module: nn.Module) -> bool:
     """Whether a module's class is one of ours as it was made, with nothing of others on top."""
     return _MIXIN in vars(type(module))
+
+
+def input_name(cls: type[nn.Module]) -> str:
+    """The name under which a class takes its input: `input` in torch, `x` in timm."""
+    return list(inspect.signature(cls.forward).parameters)[1]
+
+
+def only_input(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The one input of a call by position or by name, as the class that was changed would take it.
+
+    Raises:
+        TypeError: it got another argument, none, or several.
+    """
+    if len(args) == 1 and not kwargs:
+        return args[0]
+    for key in kwargs:
+        if key != name:
+            raise TypeError(f"forward() got an unexpected keyword argument {key!r}; the input is named {name!r}")
+    if len(args) + len(kwargs) != 1:
+        raise TypeError(f"forward() takes one input, {name!r}, but {len(args) + len(kwargs)} were given")
+    return kwargs[name]
 
 
 def has_foreign_forward(module: nn.Module) -> bool:

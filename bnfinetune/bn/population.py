@@ -97,6 +97,11 @@ class Population:
         """Weight and bias, each (C,) or None."""
         return self.weight, self.bias
 
+    def hold_affine(self) -> None:
+        """Lets nothing learn that weight and bias are computed from."""
+        self.weight = None if self.weight is None else self.weight.detach()
+        self.bias = None if self.bias is None else self.bias.detach()
+
     def require_stats(self) -> RunningStats:
         """The running statistics.
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bnfinetune.bn.layers import Globs, native_class, require_known, select_layers, unwrap, walk_modules
 from bnfinetune.bn.policy.apply import restore_bn
-from bnfinetune.bn.policy.transition import undo
+from bnfinetune.bn.policy.transition import carry_out
 from bnfinetune.bn.statistics.batches import device_of, model_input
 from bnfinetune.errors import LayerError, PolicyError, StatisticsError
 
@@ -115,7 +115,7 @@ def convert_group_norm(
         report, convolutions = _calibrate(model, fresh, batch, weight_standardisation)
         for name in convolutions:
             _standardise(model.get_submodule(name))
-    undo(selected.values(), model)
+    carry_out(model, {}, undone=selected.values())
     model = _replace_layers(model, {layer: fresh[name] for name, layer in selected.items()}, keep_parameters=True)
     if report is not None:
         (on_report or (lambda report: _log.warning("%s", report)))(report)
