@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from bnfinetune.bn.policy.rank_groups import GroupChoice
 
 Learning = dict[str, dict[str, bool]]
-"""`requires_grad` of the Parameters behind each of a layer's affine tensors, by the tensor's name and by their own names
-within the layer; nothing behind a buffer, and no entry for a tensor that does not exist."""
+"""`requires_grad` of the Parameters behind each of a layer's affine tensors, by the tensor's name and by their own in
+the layer; nothing behind a buffer, and no entry for a tensor that does not exist."""
 
 DEFAULT_MOMENTUM = 0.1
 
