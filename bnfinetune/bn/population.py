@@ -84,11 +84,11 @@ class Population:
         keys = STATS if domain is None else [domain_key(domain, key) for key in STATS]
         mean, var, batches = (layer._buffers.get(key) for key in keys)
         self.stats = None if mean is None or var is None else RunningStats(mean, var, batches)
-        self.weight: Tensor | None = layer.weight
-        self.bias: Tensor | None = layer.bias
-        if domain is not None:
-            self.weight = getattr(layer, domain_key(domain, "weight"), self.weight)
-            self.bias = getattr(layer, domain_key(domain, "bias"), self.bias)
+        self._affine_keys = AFFINE
+        if domain is not None and domain_key(domain, "weight") in layer._bn_added:
+            self._affine_keys = domain_key(domain, "weight"), domain_key(domain, "bias")
+        self.weight: Tensor | None = getattr(layer, self._affine_keys[0])
+        self.bias: Tensor | None = getattr(layer, self._affine_keys[1], None)
         self.eps: float = layer.eps
         self.momentum: float | None = getattr(layer, "momentum", None)
 
@@ -98,9 +98,12 @@ class Population:
         return self.weight, self.bias
 
     def hold_affine(self) -> None:
-        """Lets nothing learn that weight and bias are computed from."""
-        self.weight = None if self.weight is None else self.weight.detach()
-        self.bias = None if self.bias is None else self.bias.detach()
+        """Cuts weight and bias off from what they are computed from; a Parameter says itself whether it learns."""
+        known = self.layer._parameters
+        if self.weight is not None and self.weight.requires_grad and self._affine_keys[0] not in known:
+            self.weight = self.weight.detach()
+        if self.bias is not None and self.bias.requires_grad and self._affine_keys[1] not in known:
+            self.bias = self.bias.detach()
 
     def require_stats(self) -> RunningStats:
         """The running statistics.

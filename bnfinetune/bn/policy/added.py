@@ -6,6 +6,7 @@ layer, so that nothing else is ever taken away.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,15 +27,24 @@ def needed_tensors(layer: nn.Module, state: LayerState) -> dict[str, str]:
     """Names of what a state needs beyond the layer's own tensors, each with the name of the one that it starts from."""
     options = state.options
     needed = {"num_batches_tracked": _ZERO} if "num_batches_tracked" in state.original.added else {}
-    counted = bool(needed) or getattr(layer, "num_batches_tracked", None) is not None
+    counted = bool(needed) or has_tensor(layer, "num_batches_tracked")
     stats = [name for name in STATS if name != "num_batches_tracked" or counted]
-    affine = [name for name in AFFINE if getattr(layer, name, None) is not None]
+    affine = [name for name in AFFINE if has_tensor(layer, name)]
     for domain in options.domains:
         own = [*stats, *affine] if options.domain_affine == "own" else stats
         needed |= {domain_key(domain, name): name for name in own}
     if state.train_stats == "renorm" and (options.renorm_warmup or options.renorm_ramp):
         needed[RENORM_AGE] = _ZERO
     return needed
+
+
+def has_tensor(layer: nn.Module, name: str) -> bool:
+    """Whether a layer has a tensor of a name, which is not computed: spectral normalisation would move by that."""
+    for held in (layer._parameters, layer._buffers):
+        if name in held:
+            return held[name] is not None
+    parametrised = layer._modules.get("parametrizations")
+    return (parametrised is not None and name in parametrised._modules) or getattr(layer, name, None) is not None
 
 
 def needed_shape(layer: Any, source: str) -> torch.Size:
@@ -68,16 +78,18 @@ def check_names(layer: nn.Module, state: LayerState) -> None:
     """
     needed, added = needed_tensors(layer, state), added_names(layer)
     for name in needed.keys() - added.keys():
-        if getattr(layer, name, None) is not None:
+        if has_tensor(layer, name):
             raise LayerError(f"BN layer {state.name!r} has a {name!r} already, which the policy needs; rename that")
+        if needed[name] in AFFINE and _offload_hooks(layer):
+            raise LayerError(_offloaded(state.name, name))
     check_removal(layer, state.name, added.keys() - needed.keys())
 
 
-def check_removal(layer: nn.Module, layer_name: str, names: Any) -> None:
-    """Refuses to take away what others compute from something else meanwhile.
+def check_removal(layer: nn.Module, layer_name: str, names: Iterable[str]) -> None:
+    """Refuses to take away what others rely on meanwhile.
 
     Raises:
-        LayerError: an added weight or bias has been pruned or parametrised.
+        LayerError: an added weight or bias has been pruned or parametrised, or a hook of accelerate wants it back.
     """
     for name in names:
         if name not in layer._parameters and name not in layer._buffers:
@@ -85,6 +97,21 @@ def check_removal(layer: nn.Module, layer_name: str, names: Any) -> None:
                 f"BN layer {layer_name!r} computes {name!r}, which goes away, from others; undo that first "
                 f"(prune.remove, remove_parametrizations)"
             )
+        if any(name in getattr(hook, "original_devices", ()) for hook in _offload_hooks(layer)):
+            raise LayerError(_offloaded(layer_name, name))
+
+
+def _offload_hooks(layer: nn.Module) -> list[Any]:
+    """The hooks of accelerate that keep a layer's tensors elsewhere between its forwards, by the names they had."""
+    hook = vars(layer).get("_hf_hook")
+    return [each for each in getattr(hook, "hooks", (hook,)) if getattr(each, "offload", False)]
+
+
+def _offloaded(layer_name: str, tensor: str) -> str:
+    return (
+        f"BN layer {layer_name!r} is offloaded by accelerate, which would miss {tensor!r}; take the hooks off "
+        f"(remove_hook_from_submodules), change the policy, and offload again"
+    )
 
 
 def fit_added(layer: Any, state: LayerState) -> None:

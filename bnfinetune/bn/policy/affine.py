@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.parameter import Parameter
 
-from bnfinetune.bn.policy.added import added_affine, added_names
+from bnfinetune.bn.policy.added import added_affine, added_names, has_tensor
 from bnfinetune.bn.policy.state import Learning
 from bnfinetune.bn.population import AFFINE
 
@@ -21,7 +21,7 @@ def parameters_behind(layer: nn.Module, tensor: str) -> dict[str, Parameter]:
     plain = layer._parameters.get(tensor)
     if plain is not None:
         return {tensor: plain}
-    if tensor in layer._buffers or getattr(layer, tensor, None) is None:
+    if tensor in layer._buffers or not has_tensor(layer, tensor):
         return {}
     found = {name: own for name, own in layer._parameters.items() if own is not None and name.startswith(f"{tensor}_")}
     parametrised = layer._modules.get("parametrizations")
@@ -47,7 +47,7 @@ def learning_of(layer: nn.Module) -> Learning:
     return {
         tensor: {name: own.requires_grad for name, own in parameters_behind(layer, tensor).items()}
         for tensor in _affine_tensors(layer)
-        if getattr(layer, tensor, None) is not None
+        if has_tensor(layer, tensor)
     }
 
 

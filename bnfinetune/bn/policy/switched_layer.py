@@ -66,7 +66,7 @@ class SwitchedBN(nn.Module):
         if self._bn_unset:
             start_added(self)
         population = Population(self, self._bn_present_domain(), state.name, state.updates)
-        if state.affine_frozen and "parametrizations" in self._modules:
+        if state.affine_frozen:
             population.hold_affine()
         return population
 
@@ -201,7 +201,7 @@ def _trains(layer: nn.Module, tensor: str) -> bool | None:
     if not behind:
         return None
     state = state_of(layer)
-    held = state is not None and state.affine_frozen and any(name.startswith("parametrizations.") for name in behind)
+    held = state is not None and state.affine_frozen and tensor not in behind
     return not held and any(own.requires_grad for own in behind.values())
 
 
