@@ -18,7 +18,7 @@ from bnfinetune.bn.policy.state import LayerState, Learning, Options
 from bnfinetune.bn.policy.switched_layer import state_of
 from bnfinetune.bn.policy.transition import LayerPlan, carry_out
 from bnfinetune.bn.population import AFFINE
-from bnfinetune.errors import PolicyError, SelectionError
+from bnfinetune.errors import LayerError, PolicyError, SelectionError
 
 _VERSION = 2
 _PLAIN = ("train_stats", "updates", "eval_stats", "stats_before", "affine_frozen", "affine_before", "ema_momentum")
@@ -109,7 +109,9 @@ def _plan(name: str, layer: nn.Module, entry: Any) -> LayerPlan:
         )
         planned.check_running_stats(layer)
         _check_tensors(layer, planned.state, entry["tensors"])
-    except (PolicyError, KeyError, TypeError, AttributeError) as error:
+    except LayerError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PolicyError(
             f"the policy state of BN layer {name!r} is damaged or of another model: {error}; save it anew"
         ) from error
