@@ -107,7 +107,8 @@ def _with_base(cls: type, old: type, new: type) -> type:
     source = vars(cls).get(_SOURCE)
     if source is not None and source.__bases__ == bases and namespace.keys() <= vars(source).keys():
         return source  # type: ignore[no-any-return]
-    return type(cls)(cls.__name__, bases, {**namespace, _SOURCE: cls})
+    name = cls.__name__.replace(old.__name__, new.__name__)  # which others compose of the base's
+    return type(cls)(name, bases, {**namespace, _SOURCE: cls})
 
 
 def _is_overlay(cls: type) -> bool:
