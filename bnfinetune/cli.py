@@ -6,78 +6,20 @@ is one function under `@verb`; its docstring is its help.
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
+from bnfinetune.cli_verbs import VERBS, Arguments, near, verb
 from bnfinetune.errors import BnFinetuneError, CheckpointError, RecipeError
 
 if TYPE_CHECKING:
     from bnfinetune.diagnose.finding import Format
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell gives
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What stands behind a verb: its own options, overrides of the recipe, and paths."""
-
-    options: dict[str, str] = field(default_factory=dict)
-    overrides: list[str] = field(default_factory=list)
-    paths: list[str] = field(default_factory=list)
-
-    def need(self, option: str, remedy: str) -> str:
-        """The value of an option that the verb cannot do without."""
-        if option not in self.options:
-            raise RecipeError(f"{option}= is missing; {remedy}")
-        return self.options[option]
-
-    def choose(self, option: str, *choices: str) -> str:
-        """The value of an option that has few values, of which the first is the default."""
-        value = self.options.get(option, choices[0])
-        if value not in choices:
-            raise RecipeError(f"{option}: found {value!r}; allowed: {' | '.join(choices)}{_near(value, choices)}")
-        return value
-
-
-Action = Callable[[Arguments], None]
-
-
-@dataclass(frozen=True)
-class Verb:
-    """A verb of the command line: the function that does it, and how it is called."""
-
-    run: Action
-    usage: str
-    options: Mapping[str, str]
-    takes_overrides: bool = False
-    takes_paths: bool = False
-
-    @property
-    def summary(self) -> str:
-        return self.help.partition("\n")[0]
-
-    @property
-    def help(self) -> str:
-        return (self.run.__doc__ or "").replace("\n    ", "\n").strip()
-
-
-VERBS: dict[str, Verb] = {}
-
-
-def verb(usage: str, *, overrides: bool = False, paths: bool = False, **options: str) -> Callable[[Action], Action]:
-    """Enter a function in the table of verbs under its own name."""
-
-    def enter(run: Action) -> Action:
-        VERBS[run.__name__] = Verb(run, usage, options, takes_overrides=overrides, takes_paths=paths)
-        return run
-
-    return enter
 
 
 @verb(
@@ -98,8 +40,8 @@ def train(arguments: Arguments) -> None:
     name = arguments.need("recipe", f"write recipe=NAME ({', '.join(shipped_recipes())}) or recipe=FILE.yaml")
     recipe = load_recipe(name, arguments.overrides)
 
+    from bnfinetune.training.launch import leave_ranks
     from bnfinetune.training.run import train as run_recipe
-    from bnfinetune.training.start import leave_ranks
 
     run_recipe(recipe)
     leave_ranks()
@@ -130,8 +72,8 @@ def evaluate(arguments: Arguments) -> None:
     )
     load_recipe({}, overrides)
 
-    from bnfinetune.training.evaluate import evaluate_checkpoint
-    from bnfinetune.training.start import leave_ranks
+    from bnfinetune.training.launch import leave_ranks
+    from bnfinetune.training.measuring.measure import evaluate_checkpoint
 
     measured = evaluate_checkpoint(checkpoint, overrides)
     leave_ranks()
@@ -142,7 +84,7 @@ def evaluate(arguments: Arguments) -> None:
         return
     from rich.console import Console
 
-    from bnfinetune.training.report import metrics_table
+    from bnfinetune.training.reporting.summary import metrics_table
 
     Console().print(metrics_table(measured))
 
@@ -167,7 +109,7 @@ def predict(arguments: Arguments) -> None:
     if not arguments.paths:
         raise RecipeError("predict has nothing to look at; name images or folders of images")
 
-    from bnfinetune.training.predict import predict as predictions
+    from bnfinetune.training.measuring.predict import predict as predictions
 
     if _rank() != 0:
         return  # each rank would do the same work
@@ -204,8 +146,8 @@ def check(arguments: Arguments) -> None:
     recipe = load_recipe(name, arguments.overrides)
 
     from bnfinetune.diagnose.finding import render
-    from bnfinetune.diagnose.recipes import check_recipe
-    from bnfinetune.training.start import leave_ranks
+    from bnfinetune.training.checkup import check_recipe
+    from bnfinetune.training.launch import leave_ranks
 
     found = check_recipe(recipe, steps=steps, ignore=[c for c in arguments.options.get("ignore", "").split(",") if c])
     leave_ranks()
@@ -238,7 +180,7 @@ def inspect(arguments: Arguments) -> None:
     images = _whole(arguments, "images", default=256, least=2)
     load_recipe({}, arguments.overrides)
 
-    from bnfinetune.diagnose.recipes import inspect_checkpoint
+    from bnfinetune.training.checkup import inspect_checkpoint
 
     report = inspect_checkpoint(checkpoint, arguments.overrides, images=images, page=arguments.options.get("page"))
     print(json.dumps(report.to_dict(), indent=2) if form == "json" else report)
@@ -263,8 +205,8 @@ def recalibrate(arguments: Arguments) -> None:
     out = arguments.need("out", "write out=FOLDER, a folder that does not exist yet")
     load_recipe({}, arguments.overrides)
 
-    from bnfinetune.training.recalibrate import recalibrate_checkpoint
-    from bnfinetune.training.start import leave_ranks
+    from bnfinetune.training.launch import leave_ranks
+    from bnfinetune.training.measuring.recalibrate import recalibrate_checkpoint
 
     report = recalibrate_checkpoint(checkpoint, out, arguments.overrides)
     leave_ranks()
@@ -365,7 +307,7 @@ def _parse(name: str, words: Sequence[str]) -> Arguments:
             arguments.paths.append(word)
         else:
             known = ", ".join(f"{option}=" for option in spec.options) or "nothing"
-            raise RecipeError(f"{word}: no argument of {name}{_near(key, spec.options)}; allowed: {known}")
+            raise RecipeError(f"{word}: no argument of {name}{near(key, spec.options)}; allowed: {known}")
     return arguments
 
 
@@ -374,12 +316,7 @@ def _not_a_verb(word: str) -> str:
 
     if word in shipped_recipes() or word.endswith((".yaml", ".yml")):
         return f"{word}: no such verb; did you mean recipe={word}?"
-    return f"{word}: no such verb{_near(word, VERBS)}; allowed: {', '.join(VERBS)}, or key=value to train"
-
-
-def _near(found: str, names: Sequence[str] | Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(found, list(names), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"{word}: no such verb{near(word, VERBS)}; allowed: {', '.join(VERBS)}, or key=value to train"
 
 
 def _checkpoint(arguments: Arguments) -> str:

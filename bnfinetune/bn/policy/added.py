@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
+from torch.nn.utils.parametrize import is_parametrized
 
 from bnfinetune.bn.policy.state import LayerState
 from bnfinetune.bn.population import AFFINE, RENORM_AGE, STATS, domain_key
@@ -43,8 +44,7 @@ def has_tensor(layer: nn.Module, name: str) -> bool:
     for held in (layer._parameters, layer._buffers):
         if name in held:
             return held[name] is not None
-    parametrised = layer._modules.get("parametrizations")
-    return (parametrised is not None and name in parametrised._modules) or getattr(layer, name, None) is not None
+    return is_parametrized(layer, name) or getattr(layer, name, None) is not None
 
 
 def needed_shape(layer: Any, source: str) -> torch.Size:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from torch import nn
 from torch.nn.parameter import Parameter
+from torch.nn.utils.parametrize import is_parametrized
 
 from bnfinetune.bn.policy.added import added_affine, added_names, has_tensor
 from bnfinetune.bn.policy.state import Learning
@@ -18,14 +19,14 @@ from bnfinetune.bn.population import AFFINE
 
 def parameters_behind(layer: nn.Module, tensor: str) -> dict[str, Parameter]:
     """The Parameters that an affine tensor of a layer is, or is computed from, by their names within the layer."""
-    plain = layer._parameters.get(tensor)
+    parameters = dict(layer._parameters.items())  # those of scripted layers are no dict
+    plain = parameters.get(tensor)
     if plain is not None:
         return {tensor: plain}
     if tensor in layer._buffers or not has_tensor(layer, tensor):
         return {}
-    found = {name: own for name, own in layer._parameters.items() if own is not None and name.startswith(f"{tensor}_")}
-    parametrised = layer._modules.get("parametrizations")
-    for key, module in {} if parametrised is None else parametrised._modules.items():
+    found = {name: own for name, own in parameters.items() if own is not None and name.startswith(f"{tensor}_")}
+    for key, module in layer.get_submodule("parametrizations")._modules.items() if is_parametrized(layer) else ():
         if module is not None and (key == tensor or key.startswith(f"{tensor}_")):
             found |= {f"parametrizations.{key}.{name}": own for name, own in module.named_parameters()}
     return found or _everything_else(layer)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from bnfinetune.bn.layers import Globs, find_bn_layers, select_layers
+from bnfinetune.bn.layers import Selection, find_bn_layers, select_layers
 from bnfinetune.bn.policy.affine import affine_parameters, learning_of
 from bnfinetune.bn.policy.spec import BNPolicy
 from bnfinetune.bn.policy.switched_layer import state_of
@@ -75,7 +75,7 @@ def restore_bn(model: nn.Module) -> nn.Module:
 
 
 def freeze_bn(
-    model: nn.Module, *, stats: bool = True, affine: bool = True, layers: Globs = "*", exclude: Globs = ()
+    model: nn.Module, *, stats: bool = True, affine: bool = True, layers: Selection = "*", exclude: Selection = ()
 ) -> nn.Module:
     """Freezes BN layers so that it holds through `train()`: a shorthand of `apply_policy`.
 
@@ -111,7 +111,7 @@ def freeze_bn(
 
 
 def unfreeze_bn(
-    model: nn.Module, *, stats: bool = True, affine: bool = True, layers: Globs = "*", exclude: Globs = ()
+    model: nn.Module, *, stats: bool = True, affine: bool = True, layers: Selection = "*", exclude: Selection = ()
 ) -> nn.Module:
     """Brings back the switches of before the freeze; layers built frozen become plain BN.
 
@@ -140,7 +140,7 @@ def unfreeze_bn(
 
 @contextmanager
 def frozen(
-    model: nn.Module, *, stats: bool = True, affine: bool = True, layers: Globs = "*", exclude: Globs = ()
+    model: nn.Module, *, stats: bool = True, affine: bool = True, layers: Selection = "*", exclude: Selection = ()
 ) -> Iterator[nn.Module]:
     """Within this context BN layers are frozen, as by `freeze_bn`; afterwards they are exactly what they were.
 

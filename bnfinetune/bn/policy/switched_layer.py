@@ -25,7 +25,7 @@ from bnfinetune.bn.class_change import (
     put_on,
     take_off,
 )
-from bnfinetune.bn.layers import BNClass, Tail, require_known
+from bnfinetune.bn.layers import BNClass, Tail, class_for_pickle, class_from_pickle, eps_of, require_known
 from bnfinetune.bn.policy.added import ATTRIBUTES, added_affine, fit_added, remove_added, start_added
 from bnfinetune.bn.policy.affine import learning_of, parameters_behind, set_learning
 from bnfinetune.bn.policy.rank_groups import GroupChoice
@@ -35,6 +35,8 @@ from bnfinetune.bn.population import AFFINE, FRESH, Population, recomputing
 from bnfinetune.errors import LayerError
 
 _ATTRIBUTES = ("_bn_state", "_bn_holds", *FRESH)  # plain ones, besides those of what was added
+
+_LENT = {"momentum", "eps"}  # attributes that frozen classes may do without
 
 
 class SwitchedBN(nn.Module):
@@ -117,7 +119,7 @@ class SwitchedBN(nn.Module):
         if not is_as_made(self):
             return super().__reduce_ex__(protocol)
         state: Any = self.__getstate__()  # type: ignore[no-untyped-call]
-        return _blank_layer, (self._native_class,), {**state, **FRESH, "_bn_holds": 0}
+        return blank_layer, class_for_pickle(self), {**state, **FRESH, "_bn_holds": 0}
 
 
 class _AnyDimBatchNorm(_BatchNorm):
@@ -138,6 +140,7 @@ def _switched_class(native: Any, known: BNClass) -> type[SwitchedBN]:
         native,
         base=base,
         _native_class=native,
+        _bn_known=known,
         _bn_tail=staticmethod(known.tail),
         _bn_input=input_name(native),
         _bn_checks_shape=check is not _NormBase._check_input_dim,
@@ -145,14 +148,14 @@ def _switched_class(native: Any, known: BNClass) -> type[SwitchedBN]:
     return cast(type[SwitchedBN], made)
 
 
-def _put_on(layer: nn.Module, name: str = "") -> None:
-    known = require_known(layer, name)
+def _put_on(layer: nn.Module, known: BNClass) -> None:
     put_on(layer, lambda native: _switched_class(native, known))
 
 
-def _blank_layer(native: Any) -> nn.Module:
+def blank_layer(native: Any, known: BNClass | None = None) -> nn.Module:
+    """A layer of a class under a policy, without any attributes yet: what unpickling starts from."""
     layer: nn.Module = native.__new__(native)
-    _put_on(layer)
+    _put_on(layer, class_from_pickle(native, known))
     return layer
 
 
@@ -217,11 +220,12 @@ def native_state(name: str, layer: Any) -> LayerState:
     if taken:
         raise LayerError(f"BN layer {name!r} has an attribute {taken[0]!r}, which policies use; rename that")
     train_stats, updates, eval_stats = _native_switches(layer)
-    lent = {"momentum": hasattr(layer, "momentum"), "num_batches_tracked": "num_batches_tracked" in layer._buffers}
+    lent = {key: hasattr(layer, key) for key in sorted(_LENT)}
+    lent |= {"num_batches_tracked": "num_batches_tracked" in layer._buffers}
     momentum = getattr(layer, "momentum", DEFAULT_MOMENTUM)
     original = Original(
         momentum=momentum,
-        eps=layer.eps,
+        eps=eps_of(layer, name),
         learning=learning_of(layer),
         added=tuple(name for name, present in lent.items() if not present),
     )
@@ -246,17 +250,17 @@ def require_own_forward(layer: nn.Module, name: str) -> None:
 def take_over(layer: Any, state: LayerState) -> None:
     """Puts a layer under a state, in place; a layer already taken over only changes its state."""
     if not isinstance(layer, SwitchedBN):
-        if "momentum" in state.original.added:
-            layer.momentum = state.original.momentum
+        for key in _LENT.intersection(state.original.added):
+            setattr(layer, key, getattr(state.original, key))
         vars(layer).update(_bn_holds=0, _bn_added={}, _bn_unset=False, **FRESH)
-        _put_on(layer, state.name)
+        _put_on(layer, require_known(layer, state.name))
     layer._bn_state = state
     fit_added(layer, state)
 
 
 def give_back(layer: Any) -> None:
     """Gives a layer its class back, and takes back what it was lent; everything else stays as it is."""
-    lent = ["momentum"] if "momentum" in layer._bn_state.original.added else []
+    lent = _LENT.intersection(layer._bn_state.original.added)
     take_off(layer, SwitchedBN)
     remove_added(layer)
     for name in (*lent, *_ATTRIBUTES):

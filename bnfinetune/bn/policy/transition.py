@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.parameter import Parameter
 
-from bnfinetune.bn.layers import as_globs, find_bn_layers
+from bnfinetune.bn.layers import as_tuple, find_bn_layers
 from bnfinetune.bn.policy.added import added_affine, added_names, check_names, check_removal, needed_tensors
 from bnfinetune.bn.policy.affine import (
     affine_parameters,
@@ -173,7 +173,7 @@ def _merged_options(options: Options, policy: BNPolicy) -> Options:
         for option in fields(Options)
         if option.name not in ("ranks", "domains") and (value := getattr(policy, option.name)) is not None
     }
-    changes["domains"] = tuple(dict.fromkeys((*options.domains, *as_globs(policy.domains))))
+    changes["domains"] = tuple(dict.fromkeys((*options.domains, *as_tuple(policy.domains))))
     if policy.process_group is not None or policy.sync_group_size is not None:
         changes["ranks"] = GroupChoice(policy.process_group, policy.sync_group_size)
     return replace(options, **changes)
