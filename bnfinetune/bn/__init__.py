@@ -1,7 +1,7 @@
 """The BatchNorm core: one layer with independent switches, usable alone in anybody's training loop."""
 
 from bnfinetune.bn.absorb import absorb_bn
-from bnfinetune.bn.adapt.methods import Tent, adapt_model
+from bnfinetune.bn.adapt import Tent, adapt_model
 from bnfinetune.bn.convert.frozen_batch_norm import convert_frozen_bn
 from bnfinetune.bn.convert.group_norm import GroupNormReport, convert_group_norm
 from bnfinetune.bn.folding.fold import fold_bn, fold_report, folded, unfold_bn

@@ -61,7 +61,7 @@ def input_name(cls: type[nn.Module]) -> str:
     return list(inspect.signature(cls.forward).parameters)[1]
 
 
-def only_input(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def input_of_call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The one input of a call by position or by name, as the class that was changed would take it.
 
     Raises:

@@ -151,7 +151,7 @@ def _known_by_trial(layer: nn.Module) -> BNClass | None:
 
 
 def _loaded_again(native: type, layer: nn.Module) -> BNClass | None:
-    """What was registered of a class of the same name, if the layer still computes that."""
+    """What was registered of a class of the same name, if the layer still computes that; then it is registered too."""
     home = next(cls for cls in native.__mro__ if "forward" in vars(cls))
     if "<locals>" in home.__qualname__:  # each call of a function makes other classes of one name
         return None
@@ -160,6 +160,7 @@ def _loaded_again(native: type, layer: nn.Module) -> BNClass | None:
             eps = _own_eps(layer, known)
             eps = eps_by_trial(native, layer) if eps is None else eps
             if eps is not None and computes(native, layer, known.tail, eps, frozen=known.frozen):
+                _registered[home] = known
                 return known
     return None
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
-from bnfinetune.bn.saved_report import SavedReport
+from bnfinetune.bn.saved_report import SavedReport, plain
 
 Severity = Literal["error", "warning", "info"]
 Format = Literal["table", "json", "lines"]
@@ -65,7 +65,10 @@ class Findings(SavedReport, list[Finding]):
 
     def to_dict(self) -> dict[str, Any]:
         """The findings as dicts, each with its rule's page, and the exit code."""
-        return {"exit_code": self.exit_code, "findings": [asdict(found) | {"page": found.page} for found in self]}
+        return {
+            "exit_code": self.exit_code,
+            "findings": [plain(asdict(found)) | {"page": found.page} for found in self],
+        }
 
     def __str__(self) -> str:
         return render(self)

@@ -19,9 +19,9 @@ from torch.nn.parameter import Parameter
 from bnfinetune.bn.class_change import (
     has_foreign_forward,
     input_name,
+    input_of_call,
     is_as_made,
     make_class,
-    only_input,
     put_on,
     take_off,
 )
@@ -56,8 +56,8 @@ class SwitchedBN(nn.Module):
     _check_input_dim: Callable[[Tensor], None]
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        x = only_input(self._bn_input, args, kwargs)
-        if self._bn_checks_shape:
+        x = input_of_call(self._bn_input, args, kwargs)
+        if self._bn_checks_shape and isinstance(x, Tensor):  # torch.fx traces with something else
             self._check_input_dim(x)
         state = self._bn_state
         rule = TRAIN_RULES[state.train_stats] if self.training else EVAL_RULES[state.eval_stats]
