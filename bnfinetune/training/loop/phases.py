@@ -37,7 +37,7 @@ class Phase:
             frozen = {"train_stats": "running", "update_stats": "none", "affine": "frozen"}
             apply_policy(model, BNPolicy(**frozen, layers=self.section.layers, exclude=self.section.exclude))  # type: ignore[arg-type]
         else:
-            unfreeze_bn(model, layers=self.section.layers)
+            unfreeze_bn(model, layers=self.section.layers, exclude=self.section.exclude)
 
 
 def sections_of(recipe: Recipe) -> tuple[BN, ...]:
