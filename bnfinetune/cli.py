@@ -6,16 +6,15 @@ is one function under `@verb`; its docstring is its help.
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-from bnfinetune.errors import BnFinetuneError, CheckpointError, RecipeError
+from bnfinetune.errors import BnFinetuneError, CheckpointError, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from bnfinetune.diagnose.finding import Format
@@ -41,7 +40,9 @@ class Arguments:
         """The value of an option that has few values, of which the first is the default."""
         value = self.options.get(option, choices[0])
         if value not in choices:
-            raise RecipeError(f"{option}: found {value!r}; allowed: {' | '.join(choices)}{_near(value, choices)}")
+            raise RecipeError(
+                f"{option}: found {value!r}; allowed: {' | '.join(choices)}{did_you_mean(value, choices)}"
+            )
         return value
 
 
@@ -365,7 +366,7 @@ def _parse(name: str, words: Sequence[str]) -> Arguments:
             arguments.paths.append(word)
         else:
             known = ", ".join(f"{option}=" for option in spec.options) or "nothing"
-            raise RecipeError(f"{word}: no argument of {name}{_near(key, spec.options)}; allowed: {known}")
+            raise RecipeError(f"{word}: no argument of {name}{did_you_mean(key, spec.options)}; allowed: {known}")
     return arguments
 
 
@@ -374,12 +375,7 @@ def _not_a_verb(word: str) -> str:
 
     if word in shipped_recipes() or word.endswith((".yaml", ".yml")):
         return f"{word}: no such verb; did you mean recipe={word}?"
-    return f"{word}: no such verb{_near(word, VERBS)}; allowed: {', '.join(VERBS)}, or key=value to train"
-
-
-def _near(found: str, names: Sequence[str] | Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(found, list(names), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"{word}: no such verb{did_you_mean(word, VERBS)}; allowed: {', '.join(VERBS)}, or key=value to train"
 
 
 def _checkpoint(arguments: Arguments) -> str:
@@ -395,10 +391,14 @@ def _rank() -> int:
 
 
 def _complain(error: BnFinetuneError) -> None:
-    """Print one line: on rank 0, and on another rank where the mistake may be that rank's alone (its share of data)."""
+    """Print one line: on the rank of the error, and if that is on another machine, on the first rank of this one."""
     rank = _rank()
     if rank and (isinstance(error, RecipeError) or "torch.distributed" not in sys.modules):
         return
+    if error.rank is not None and error.rank != rank:
+        if os.environ.get("LOCAL_RANK") != "0":
+            return
+        rank = error.rank
     line = " ".join(str(error).splitlines())
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
-    print(f"bnfinetune: error: {f'[rank {rank}] ' if rank else ''}{shown}", file=sys.stderr)
+    print(f"bnfinetune: error: {f'[rank {rank}] ' if rank or _rank() else ''}{shown}", file=sys.stderr)
