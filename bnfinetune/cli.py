@@ -10,75 +10,16 @@ import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
+from bnfinetune.cli_verbs import VERBS, Arguments, verb
 from bnfinetune.errors import BnFinetuneError, CheckpointError, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from bnfinetune.diagnose.finding import Format
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell gives
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What stands behind a verb: its own options, overrides of the recipe, and paths."""
-
-    options: dict[str, str] = field(default_factory=dict)
-    overrides: list[str] = field(default_factory=list)
-    paths: list[str] = field(default_factory=list)
-
-    def need(self, option: str, remedy: str) -> str:
-        """The value of an option that the verb cannot do without."""
-        if option not in self.options:
-            raise RecipeError(f"{option}= is missing; {remedy}")
-        return self.options[option]
-
-    def choose(self, option: str, *choices: str) -> str:
-        """The value of an option that has few values, of which the first is the default."""
-        value = self.options.get(option, choices[0])
-        if value not in choices:
-            raise RecipeError(
-                f"{option}: found {value!r}; allowed: {' | '.join(choices)}{did_you_mean(value, choices)}"
-            )
-        return value
-
-
-Action = Callable[[Arguments], None]
-
-
-@dataclass(frozen=True)
-class Verb:
-    """A verb of the command line: the function that does it, and how it is called."""
-
-    run: Action
-    usage: str
-    options: Mapping[str, str]
-    takes_overrides: bool = False
-    takes_paths: bool = False
-
-    @property
-    def summary(self) -> str:
-        return self.help.partition("\n")[0]
-
-    @property
-    def help(self) -> str:
-        return (self.run.__doc__ or "").replace("\n    ", "\n").strip()
-
-
-VERBS: dict[str, Verb] = {}
-
-
-def verb(usage: str, *, overrides: bool = False, paths: bool = False, **options: str) -> Callable[[Action], Action]:
-    """Enter a function in the table of verbs under its own name."""
-
-    def enter(run: Action) -> Action:
-        VERBS[run.__name__] = Verb(run, usage, options, takes_overrides=overrides, takes_paths=paths)
-        return run
-
-    return enter
 
 
 @verb(
@@ -205,7 +146,7 @@ def check(arguments: Arguments) -> None:
     recipe = load_recipe(name, arguments.overrides)
 
     from bnfinetune.diagnose.finding import render
-    from bnfinetune.diagnose.recipes import check_recipe
+    from bnfinetune.training.checkup import check_recipe
     from bnfinetune.training.launch import leave_ranks
 
     found = check_recipe(recipe, steps=steps, ignore=[c for c in arguments.options.get("ignore", "").split(",") if c])
@@ -239,7 +180,7 @@ def inspect(arguments: Arguments) -> None:
     images = _whole(arguments, "images", default=256, least=2)
     load_recipe({}, arguments.overrides)
 
-    from bnfinetune.diagnose.recipes import inspect_checkpoint
+    from bnfinetune.training.checkup import inspect_checkpoint
 
     report = inspect_checkpoint(checkpoint, arguments.overrides, images=images, page=arguments.options.get("page"))
     print(json.dumps(report.to_dict(), indent=2) if form == "json" else report)

@@ -1,8 +1,10 @@
 """The BatchNorm core: one layer with independent switches, usable alone in anybody's training loop."""
 
+from bnfinetune.bn.absorb import absorb_bn
 from bnfinetune.bn.adapt.methods import Tent, adapt_model
+from bnfinetune.bn.convert.frozen_batch_norm import convert_frozen_bn
 from bnfinetune.bn.convert.group_norm import GroupNormReport, convert_group_norm
-from bnfinetune.bn.folding.fold import fold_bn, unfold_bn
+from bnfinetune.bn.folding.fold import fold_bn, fold_report, folded, unfold_bn
 from bnfinetune.bn.folding.fuse import fuse_bn
 from bnfinetune.bn.layers import find_bn_layers, register_bn_class
 from bnfinetune.bn.policy.apply import apply_policy, freeze_bn, restore_bn, unfreeze_bn
@@ -23,9 +25,11 @@ __all__ = [
     "PreciseBNReport",
     "StatSnapshot",
     "Tent",
+    "absorb_bn",
     "adapt_model",
     "apply_policy",
     "auto_momentum",
+    "convert_frozen_bn",
     "convert_group_norm",
     "convert_sync_bn",
     "describe_bn",
@@ -33,6 +37,8 @@ __all__ = [
     "export_domain",
     "find_bn_layers",
     "fold_bn",
+    "fold_report",
+    "folded",
     "freeze_bn",
     "fuse_bn",
     "get_bn_modules",

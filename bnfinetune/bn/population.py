@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bnfinetune.bn.layers import eps_of, is_scripted, require_known
 from bnfinetune.errors import LayerError, StatisticsError
 
 STATS = ("running_mean", "running_var", "num_batches_tracked")
@@ -89,8 +90,8 @@ class Population:
         if domain is not None:
             self.weight = getattr(layer, domain_key(domain, "weight"), self.weight)
             self.bias = getattr(layer, domain_key(domain, "bias"), self.bias)
-        self.eps: float = layer.eps
-        self.momentum: float | None = getattr(layer, "momentum", None)
+        self.eps = eps_of(layer, name)
+        self.momentum: float | None = getattr(layer, "momentum", 0.1)  # PyTorch's default
 
     @property
     def affine(self) -> tuple[Tensor | None, Tensor | None]:
@@ -181,6 +182,12 @@ class Population:
 
 
 def population_of(layer: nn.Module) -> Population:
-    """The population that a BN layer normalises with now, under a policy or not."""
+    """The population that a BN layer normalises with now, under a policy or not.
+
+    Raises:
+        LayerError: the layer is scripted.
+    """
+    if is_scripted(layer):
+        require_known(layer)
     under_policy = getattr(layer, "_bn_population", None)
     return Population(layer) if under_policy is None else under_policy()

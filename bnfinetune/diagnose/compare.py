@@ -75,7 +75,7 @@ def compare(layer: nn.Module, rows: Rows) -> LayerDrift:
     stats = population_of(layer).stats
     assert stats is not None, "the layer keeps no running statistics"
     stored_mean, stored_var = stats.mean.detach().cpu().double(), stats.var.detach().cpu().double()
-    eps = float(layer.eps)  # type: ignore[arg-type]
+    eps = population_of(layer).eps
     pooled = Moments.pool(rows.counts, rows.means, rows.m2s)
     scale = stored_var.clamp(min=0) + eps
     offset, ratio = pooled.mean - stored_mean, (pooled.var + eps) / scale
@@ -112,7 +112,7 @@ def stored_of(layers: Mapping[str, nn.Module]) -> dict[str, Stored]:
 def moved(layer: nn.Module, before: Stored) -> float:
     """How far a layer's running statistics have moved: as `LayerDrift.drift`, in standard deviations of before."""
     now = stored_of({"": layer})[""]
-    eps = float(layer.eps)  # type: ignore[arg-type]
+    eps = population_of(layer).eps
     scale = before.var.clamp(min=0) + eps
     shift, ratio = (now.mean - before.mean) / scale.sqrt(), (now.var + eps) / scale
     squared = shift.square() + (ratio.sqrt() - 1).square()

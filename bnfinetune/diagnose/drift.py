@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnfinetune.bn.folding.fold import unfolded
-from bnfinetune.bn.layers import Globs, find_bn_layers, native_class, select_layers, unwrap
+from bnfinetune.bn.layers import Selection, find_bn_layers, native_class, select_layers, unwrap
 from bnfinetune.bn.population import population_of
 from bnfinetune.bn.statistics.batches import Feed, device_of, labels_of, model_input
 from bnfinetune.bn.statistics.moments import Moments
@@ -34,7 +34,8 @@ def inspect_bn(
     data: Iterable[Any],
     *,
     images: int = 256,
-    layers: Globs = "*",
+    layers: Selection = "*",
+    exclude: Selection = (),
     steps: int | None = None,
     causes: int = 5,
     training_images: int | None = None,
@@ -50,7 +51,8 @@ def inspect_bn(
         model: any model with BN layers, under a policy or not, in either mode.
         data: any iterable of batches, as `precise_bn` takes them; labels are used where they come along. Shuffled.
         images: how many images to measure; they are held in memory.
-        layers: globs of the layers to look at.
+        layers: the layers to look at: globs on qualified names, classes or functions of name and layer.
+        exclude: the same, of layers to leave out.
         steps: optimizer updates planned, for the weight that the stored statistics will keep.
         causes: how many of the worst layers to switch one at a time; 0 skips it, stages included.
         training_images: size of the training set; by default that of `data`, if it tells.
@@ -63,12 +65,14 @@ def inspect_bn(
         >>> print(report.verdict)
 
     Raises:
-        SelectionError: the model has no BN layer, or a glob matches none.
+        SelectionError: the model has no BN layer, or a selector matches none.
         StatisticsError: no data, fewer than 2 images, or no layer keeps running statistics.
     """
     net = unwrap(model)
     chosen = {
-        name: layer for name, layer in select_layers(net, layers).items() if population_of(layer).stats is not None
+        name: layer
+        for name, layer in select_layers(net, layers, exclude).items()
+        if population_of(layer).stats is not None
     }
     if not chosen:
         raise StatisticsError("no selected BN layer keeps running statistics; there is nothing to inspect")
@@ -275,8 +279,8 @@ def _channels(layer: Any, rows: Rows) -> dict[str, tuple[int, ...]]:
         size = weight.detach().abs().cpu()
         muted = size < 1e-3 * size.max()
     marks = {
-        "dead": measured < layer.eps,
-        "starved": (stored < layer.eps) & ~damaged,
+        "dead": measured < population.eps,
+        "starved": (stored < population.eps) & ~damaged,
         "muted": muted,
         "damaged": damaged,
     }
@@ -309,10 +313,11 @@ def _batch_noise(layers: Mapping[str, Any], batches: Mapping[str, Rows], sizes: 
 def _spread(layer: Any, rows: Rows) -> float:
     """Root mean square over batches of the weighed distance of their statistics from the pooled ones."""
     pooled = Moments.pool(rows.counts, rows.means, rows.m2s)
-    scale = pooled.var + layer.eps
+    population = population_of(layer)
+    scale = pooled.var + population.eps
     offset = (rows.means - pooled.mean) / scale.sqrt()
-    ratio = ((rows.m2s / rows.counts[:, None] + layer.eps) / scale).sqrt() - 1
-    weight, _ = population_of(layer).affine
+    ratio = ((rows.m2s / rows.counts[:, None] + population.eps) / scale).sqrt() - 1
+    weight, _ = population.affine
     squares = torch.ones_like(scale) if weight is None or not weight.any() else weight.detach().cpu().double().square()
     squared = (offset.square() + ratio.square()) @ (squares / squares.sum())
     return math.sqrt(float(squared.sum()) / (len(squared) - 1))  # the pooled statistics are the batches' own

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from bnfinetune.bn.layers import Globs, find_bn_layers, select_layers, unwrap
+from bnfinetune.bn.layers import Selection, find_bn_layers, select_layers, unwrap
 from bnfinetune.bn.policy.spec import BNPolicy
 from bnfinetune.bn.policy.transition import LayerPlan, carry_out, undo
 from bnfinetune.errors import PolicyError
@@ -65,7 +65,7 @@ def restore_bn(model: nn.Module) -> nn.Module:
     return model
 
 
-def freeze_bn(model: nn.Module, *, stats: bool = True, affine: bool = True, layers: Globs = "*") -> nn.Module:
+def freeze_bn(model: nn.Module, *, stats: bool = True, affine: bool = True, layers: Selection = "*") -> nn.Module:
     """Freezes BN layers so that it holds through `train()`: a shorthand of `apply_policy`.
 
     Args:
@@ -94,7 +94,7 @@ def freeze_bn(model: nn.Module, *, stats: bool = True, affine: bool = True, laye
     )
 
 
-def unfreeze_bn(model: nn.Module, *, stats: bool = True, affine: bool = True, layers: Globs = "*") -> nn.Module:
+def unfreeze_bn(model: nn.Module, *, stats: bool = True, affine: bool = True, layers: Selection = "*") -> nn.Module:
     """Brings back the switches of before the freeze; layers built frozen become plain BN.
 
     Args:

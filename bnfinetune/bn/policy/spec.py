@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from bnfinetune.bn.layers import Globs, as_globs
+from bnfinetune.bn.layers import Selection, as_tuple
 from bnfinetune.errors import PolicyError
 
 TrainStats = Literal["batch", "running", "sync", "ghost", "renorm", "stochastic"]
@@ -40,8 +40,9 @@ class BNPolicy:
         affine: whether weight and bias are `trained` or `frozen`.
         eval_stats: what normalises in evaluation. `running`; `batch`: the evaluated batch's; `mix`: both, with the
             running statistics counting for `mix_prior` samples (Schneider et al. 2020).
-        layers: globs (`fnmatch`) on qualified layer names that the policy applies to.
-        exclude: globs of layers that it leaves alone.
+        layers: what the policy applies to: globs (`fnmatch`) on qualified layer names, classes such as
+            `nn.BatchNorm1d`, functions of name and layer, or several of these.
+        exclude: the same, of layers that it leaves alone.
         momentum: weight of the newest batch in `ema`, from 0 to 1; see `auto_momentum`.
         ghost_size: samples per group of `ghost`; 32 unless said before.
         stochastic_p: chance of `stochastic` to take a channel's batch statistics; 0.5 unless said before.
@@ -65,8 +66,8 @@ class BNPolicy:
     update_stats: UpdateStats | None = None
     affine: Affine | None = None
     eval_stats: EvalStats | None = None
-    layers: Globs = "*"
-    exclude: Globs = ()
+    layers: Selection = "*"
+    exclude: Selection = ()
     momentum: float | None = None
     ghost_size: int | None = None
     stochastic_p: float | None = None
@@ -96,7 +97,7 @@ class BNPolicy:
         if ramped and math.inf in (self.renorm_rmax, self.renorm_dmax):
             raise PolicyError("renorm cannot ramp up to an infinite bound; give finite renorm_rmax and renorm_dmax")
 
-        for name in as_globs(self.domains):
+        for name in as_tuple(self.domains):
             if not name.isidentifier():
                 raise PolicyError(f"domain name {name!r} is no identifier; use letters, digits and underscores")
 

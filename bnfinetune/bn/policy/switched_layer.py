@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import Parameter
 
-from bnfinetune.bn.layers import BNClass, Tail, require_known
+from bnfinetune.bn.class_change import is_as_made, make_class, put_on, take_off
+from bnfinetune.bn.layers import BNClass, Tail, class_for_pickle, class_from_pickle, eps_of, require_known
 from bnfinetune.bn.policy.rank_groups import GroupChoice
 from bnfinetune.bn.policy.rules import EVAL_RULES, TRAIN_RULES
 from bnfinetune.bn.policy.state import DEFAULT_MOMENTUM, LayerState, Options, Original, Switches, Trainable
@@ -30,6 +31,8 @@ from bnfinetune.bn.population import (
     domain_key,
     recomputing,
 )
+
+_LENT = {"momentum", "eps"}  # attributes that frozen classes may do without
 
 
 class SwitchedBN(nn.Module):
@@ -82,9 +85,11 @@ class SwitchedBN(nn.Module):
         finally:
             self._parameters.update(own)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if not is_as_made(self):
+            return super().__reduce_ex__(protocol)
         state: Any = self.__getstate__()  # type: ignore[no-untyped-call]
-        return _blank_layer, (self._native_class,), {**state, **FRESH, "_bn_holds": 0}
+        return blank_layer, class_for_pickle(self), {**state, **FRESH, "_bn_holds": 0}
 
 
 class _AnyDimBatchNorm(_BatchNorm):
@@ -99,18 +104,27 @@ class _AnyDimBatchNorm(_BatchNorm):
 def _switched_class(native: Any, known: BNClass) -> type[SwitchedBN]:
     base = _AnyDimBatchNorm if issubclass(native, nn.SyncBatchNorm) else native
     check = getattr(base, "_check_input_dim", _NormBase._check_input_dim)
-    members = {
-        "__module__": native.__module__,  # torch.fx takes modules of torch.nn for leaves
-        "_native_class": native,
-        "_bn_tail": staticmethod(known.tail),
-        "_bn_checks_shape": check is not _NormBase._check_input_dim,
-    }
-    return cast(type[SwitchedBN], type(f"Switched{native.__name__}", (SwitchedBN, base), members))
+    made = make_class(
+        f"Switched{native.__name__}",
+        SwitchedBN,
+        native,
+        base=base,
+        _native_class=native,
+        _bn_known=known,
+        _bn_tail=staticmethod(known.tail),
+        _bn_checks_shape=check is not _NormBase._check_input_dim,
+    )
+    return cast(type[SwitchedBN], made)
 
 
-def _blank_layer(native: Any) -> nn.Module:
+def _put_on(layer: nn.Module, known: BNClass) -> None:
+    put_on(layer, lambda native: _switched_class(native, known))
+
+
+def blank_layer(native: Any, known: BNClass | None = None) -> nn.Module:
+    """A layer of a class under a policy, without any attributes yet: what unpickling starts from."""
     layer: nn.Module = native.__new__(native)
-    layer.__class__ = _switched_class(native, require_known(layer))
+    _put_on(layer, class_from_pickle(native, known))
     return layer
 
 
@@ -151,7 +165,8 @@ def _native_switches(layer: Any) -> tuple[str, bool, str]:
 
 def trainable(layer: nn.Module) -> Trainable:
     """`requires_grad` of a layer's weight and bias; None for one that does not exist or is a buffer."""
-    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    parameters = dict(layer._parameters.items())
+    weight, bias = parameters.get("weight"), parameters.get("bias")
     return None if weight is None else weight.requires_grad, None if bias is None else bias.requires_grad
 
 
@@ -186,11 +201,12 @@ def native_state(name: str, layer: Any, model_training: bool) -> LayerState:
     """
     require_known(layer, name)
     train_stats, updates, eval_stats = _native_switches(layer)
-    lent = {"momentum": hasattr(layer, "momentum"), "num_batches_tracked": "num_batches_tracked" in layer._buffers}
+    lent = {key: hasattr(layer, key) for key in sorted(_LENT)}
+    lent |= {"num_batches_tracked": "num_batches_tracked" in layer._buffers}
     momentum = getattr(layer, "momentum", DEFAULT_MOMENTUM)
     original = Original(
         momentum=momentum,
-        eps=layer.eps,
+        eps=eps_of(layer, name),
         trainable=trainable(layer),
         apart=layer.training if layer.training != model_training else None,
         added=tuple(name for name, present in lent.items() if not present),
@@ -203,13 +219,12 @@ def native_state(name: str, layer: Any, model_training: bool) -> LayerState:
 def take_over(layer: Any, state: LayerState) -> None:
     """Puts a layer under a state, in place; a layer already taken over only changes its state."""
     if not isinstance(layer, SwitchedBN):
-        if "momentum" in state.original.added:
-            layer.momentum = state.original.momentum
+        for key in _LENT.intersection(state.original.added):
+            setattr(layer, key, getattr(state.original, key))
         if "num_batches_tracked" in state.original.added:
             _add_buffer(layer, "num_batches_tracked", torch.zeros((), dtype=torch.long))
         vars(layer).update(_bn_holds=0, **FRESH)
-        native: Any = type(layer)
-        layer.__class__ = _switched_class(native, require_known(layer, state.name))
+        _put_on(layer, require_known(layer, state.name))
     layer._bn_state = state
     _fit_extra_tensors(layer, state.options)
 
@@ -257,8 +272,8 @@ def own_parameters(layer: nn.Module) -> dict[str, Parameter]:
 
 def give_back(layer: Any) -> None:
     """Gives a layer its class back, and takes back what it was lent; everything else stays as it is."""
-    lent = [*extra_tensors(layer), *(["momentum"] if "momentum" in layer._bn_state.original.added else [])]
-    layer.__class__ = layer._native_class
+    lent = [*extra_tensors(layer), *_LENT.intersection(layer._bn_state.original.added)]
+    take_off(layer, SwitchedBN)
     for name in lent:
         delattr(layer, name)
     for name in [name for name in vars(layer) if name.startswith("_bn_")]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from bnfinetune.bn.layers import Globs, select_layers
+from bnfinetune.bn.layers import Selection, select_layers
 from bnfinetune.bn.policy.apply import apply_policy
 from bnfinetune.bn.policy.spec import BNPolicy
 from bnfinetune.bn.policy.switched_layer import switches_of
@@ -14,7 +14,7 @@ from bnfinetune.errors import PolicyError
 
 
 def convert_sync_bn(
-    model: nn.Module, process_group: Any = None, *, group_size: int | None = None, layers: Globs = "*"
+    model: nn.Module, process_group: Any = None, *, group_size: int | None = None, layers: Selection = "*"
 ) -> nn.Module:
     """Lets the BN layers that normalise by their batch normalise by the joined batch of all ranks instead.
 
@@ -43,7 +43,7 @@ def convert_sync_bn(
     return apply_policy(model, policy)
 
 
-def revert_sync_bn(model: nn.Module, *, layers: Globs = "*") -> nn.Module:
+def revert_sync_bn(model: nn.Module, *, layers: Selection = "*") -> nn.Module:
     """Lets synchronised BN layers normalise by their own rank's batch again.
 
     Args:
@@ -61,7 +61,7 @@ def revert_sync_bn(model: nn.Module, *, layers: Globs = "*") -> nn.Module:
     return apply_policy(model, BNPolicy(train_stats="batch", layers=_names_with(model, ("sync",), layers)))
 
 
-def _names_with(model: nn.Module, train_stats: tuple[str, ...], layers: Globs) -> list[str]:
+def _names_with(model: nn.Module, train_stats: tuple[str, ...], layers: Selection) -> list[str]:
     selected = select_layers(model, layers)
     names = [name for name, layer in selected.items() if switches_of(layer).train_stats in train_stats]
     if not names:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from bnfinetune.bn.layers import as_globs, unwrap
+from bnfinetune.bn.layers import as_tuple, unwrap
 from bnfinetune.bn.policy.rank_groups import GroupChoice
 from bnfinetune.bn.policy.spec import BNPolicy
 from bnfinetune.bn.policy.state import LayerState, Options, Trainable
@@ -134,7 +134,7 @@ def _merged_options(options: Options, policy: BNPolicy) -> Options:
         for option in fields(Options)
         if option.name not in ("ranks", "domains") and (value := getattr(policy, option.name)) is not None
     }
-    changes["domains"] = tuple(dict.fromkeys((*options.domains, *as_globs(policy.domains))))
+    changes["domains"] = tuple(dict.fromkeys((*options.domains, *as_tuple(policy.domains))))
     if policy.process_group is not None or policy.sync_group_size is not None:
         changes["ranks"] = GroupChoice(policy.process_group, policy.sync_group_size)
     return replace(options, **changes)

@@ -16,14 +16,14 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnfinetune.bn.folding.fold import unfolded
-from bnfinetune.bn.layers import Globs, bn_tail, find_bn_layers, select_layers, unwrap
+from bnfinetune.bn.layers import Selection, bn_class, bn_tail, find_bn_layers, select_layers, unwrap
 from bnfinetune.bn.policy.switched_layer import switches_of
 from bnfinetune.bn.population import population_of
 from bnfinetune.bn.statistics.batches import Forward, device_of, model_input, to_device
@@ -56,8 +56,8 @@ def precise_bn(
     tolerance: float | None = None,
     variance: str = "pooled",
     momentum: float | None = None,
-    layers: Globs = "*",
-    exclude: Globs = (),
+    layers: Selection = "*",
+    exclude: Selection = (),
     include_frozen: bool = False,
     forward: Forward | None = None,
     progress: bool = False,
@@ -90,8 +90,8 @@ def precise_bn(
         variance: `pooled` (of all values), `mean` (of the unbiased batch variances) or `ema` (as in training);
             formulas and sources are in `bnfinetune.bn.statistics.estimators`.
         momentum: for `ema`; by default each layer's own.
-        layers: globs of the layers to update.
-        exclude: globs of layers to leave out.
+        layers: the layers to update: globs on qualified names, classes or functions of name and layer.
+        exclude: the same, of layers to leave out.
         include_frozen: update also layers whose statistics a policy, or their class, has frozen.
         forward: called as `forward(model, batch)` with the whole batch, for models that take more than images.
         progress: show a progress bar.
@@ -101,7 +101,7 @@ def precise_bn(
         A report on every layer; print it, or save it as JSON.
 
     Raises:
-        SelectionError: the model has no BN layer, or a glob matches none.
+        SelectionError: the model has no BN layer, or a selector matches none.
         LayerError: a layer's class has a `forward` of its own and is not registered.
         ShortDataError: the data ended before `num_batches` or `num_samples`.
         StatisticsError: no data, nothing to update, values that are not finite, or a fault on another rank.
@@ -140,7 +140,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
     Flags are set directly: a module's own `train` or `eval` may do more than that, and could not be undone.
     """
-    modes = {module: module.training for module in model.modules()}
+    modes = {
+        module: module.training for module in model.modules() if hasattr(module, "training")
+    }  # not if jit froze it
     try:
         for module in modes:
             module.training = False
@@ -177,7 +179,7 @@ def _stored_statistics(model: nn.Module, updated: Mapping[str, nn.Module]) -> It
         y = F.batch_norm(x, stats.mean, stats.var, *population.affine, False, 0.0, population.eps)
         return bn_tail(layer)(y)
 
-    others = [layer for name, layer in find_bn_layers(model).items() if name not in updated]
+    others = [layer for name, layer in find_bn_layers(model).items() if name not in updated and bn_class(layer)]
     tracked = [layer for layer in others if population_of(layer).stats is not None]
     unlike = [layer for layer in tracked if switches_of(layer).eval_stats != "running"]
     with forwards_replaced({layer: partial(normalise, layer) for layer in unlike}):
@@ -195,7 +197,9 @@ def _check_estimate(variance: str, momentum: float | None, tolerance: float | No
         raise StatisticsError("tolerance has no meaning with variance='ema', whose error never vanishes; use 'pooled'")
 
 
-def _plan(net: nn.Module, layers: Globs, exclude: Globs, include_frozen: bool, momentum: float | None) -> PassPlan:
+def _plan(
+    net: nn.Module, layers: Selection, exclude: Selection, include_frozen: bool, momentum: float | None
+) -> PassPlan:
     selected = select_layers(net, layers, exclude)
     untracked = tuple(name for name, layer in selected.items() if population_of(layer).stats is None)
     tracked = {name: layer for name, layer in selected.items() if name not in untracked}
@@ -254,8 +258,9 @@ def recorded(plan: PassPlan, variance: str) -> Iterator[dict[str, LayerStatistic
     with recording(plan.updated) as recorders:
         statistics = {}
         for name, recorder in recorders.items():
-            stats = population_of(recorder.layer).require_stats()
-            momentum = recorder.layer.momentum if variance == "ema" and plan.momentum is None else plan.momentum
-            estimator = estimator_of(variance, stats, cast(float | None, momentum))
+            population = population_of(recorder.layer)
+            stats = population.require_stats()
+            momentum = population.momentum if variance == "ema" and plan.momentum is None else plan.momentum
+            estimator = estimator_of(variance, stats, momentum)
             statistics[name] = LayerStatistics(recorder, len(stats.mean), estimator)
         yield statistics

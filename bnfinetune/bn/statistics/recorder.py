@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from bnfinetune.bn.functional import along
-from bnfinetune.bn.layers import require_known
+from bnfinetune.bn.layers import eps_of, require_known
 from bnfinetune.bn.population import population_of
 from bnfinetune.errors import StatisticsError
 
@@ -79,6 +79,7 @@ class LayerRecorder:
     Attributes:
         name: the layer's qualified name.
         layer: the layer.
+        eps: added to the variance.
         reread: whether the layer's inputs are read a second time; decided at its first batch of several values.
     """
 
@@ -87,7 +88,7 @@ class LayerRecorder:
         self.layer = layer
         self.reread: bool | None = None
         self._tail = require_known(layer, name).tail
-        self._eps = cast(float, layer.eps)
+        self.eps = eps_of(layer, name)
         self._key: tuple[torch.device, torch.dtype] | None = None
         self._full: list[Rows] = []
         self._counts: list[int] = []
@@ -104,9 +105,9 @@ class LayerRecorder:
             # One value has variance 0 and normalises to 0; the fused kernel refuses it.
             mean.copy_(x.reshape(-1))
             zero = var.zero_()
-            y = F.batch_norm(torch.zeros_like(x), zero, zero, self._weight, self._bias, False, 0.0, self._eps)
+            y = F.batch_norm(torch.zeros_like(x), zero, zero, self._weight, self._bias, False, 0.0, self.eps)
         else:
-            y = F.batch_norm(x, mean, var, self._weight, self._bias, True, 1.0, self._eps)
+            y = F.batch_norm(x, mean, var, self._weight, self._bias, True, 1.0, self.eps)
         self._counts.append(n)
         if self.reread is None and n > 1:
             self.reread = _needs_rereading(x, mean, var)

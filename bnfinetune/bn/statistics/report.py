@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bnfinetune.bn.saved_report import SavedReport
 from bnfinetune.bn.statistics.sampling_error import SamplingError
 
 
@@ -41,7 +40,7 @@ class LayerChange:
 
 
 @dataclass(frozen=True)
-class PreciseBNReport:
+class PreciseBNReport(SavedReport):
     """The outcome of one pass; `print(report)` shows a table, `report.save(path)` writes JSON.
 
     Attributes:
@@ -86,11 +85,7 @@ class PreciseBNReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers, strings, lists and dicts."""
-        return {**asdict(self), "reread": list(self.reread), "converged": self.converged}
-
-    def save(self, path: str | Path) -> None:
-        """Writes the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        return {**super().to_dict(), "reread": list(self.reread), "converged": self.converged}
 
     def __str__(self) -> str:
         return "\n".join([self._headline(), *self._table(), *self._remarks()])

@@ -70,7 +70,7 @@ class LayerStatistics:
     @property
     def eps(self) -> float:
         """The layer's eps."""
-        return cast(float, self.recorder.layer.eps)
+        return self.recorder.eps
 
     def collect(self, batches: int) -> None:
         """Takes over what the recorder holds of the last `batches` batches."""

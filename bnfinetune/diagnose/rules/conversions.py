@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from bnfinetune.bn.layers import find_bn_layers, native_class, unwrap, walk_modules
+from bnfinetune.bn.layers import find_bn_layers, is_scripted, native_class, unwrap, walk_modules
 from bnfinetune.diagnose.case import Case
 from bnfinetune.diagnose.registry import Trouble, rule
 
@@ -50,12 +50,12 @@ def dropped_activation(case: Case) -> Iterator[Trouble]:
 
 
 def _holds_activation(layer: nn.Module) -> bool:
-    return not isinstance(layer._modules.get("act"), nn.Identity | None)
+    return not isinstance(getattr(layer, "act", None), nn.Identity | None)
 
 
 def _activates(layer: nn.Module) -> bool:
     """Whether the layer applies the activation that it holds: the classes of torch and torchvision call no child."""
-    plain = native_class(layer).__module__.partition(".")[0] in ("torch", "torchvision")
+    plain = native_class(layer).__module__.partition(".")[0] in ("torch", "torchvision") and not is_scripted(layer)
     return _holds_activation(layer) and not plain
 
 
