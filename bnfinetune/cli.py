@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from bnfinetune.cli_verbs import VERBS, Arguments, near, verb
-from bnfinetune.errors import BnFinetuneError, CheckpointError, RecipeError
+from bnfinetune.cli_verbs import VERBS, Arguments, verb
+from bnfinetune.errors import BnFinetuneError, CheckpointError, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from bnfinetune.diagnose.finding import Format
@@ -307,7 +307,7 @@ def _parse(name: str, words: Sequence[str]) -> Arguments:
             arguments.paths.append(word)
         else:
             known = ", ".join(f"{option}=" for option in spec.options) or "nothing"
-            raise RecipeError(f"{word}: no argument of {name}{near(key, spec.options)}; allowed: {known}")
+            raise RecipeError(f"{word}: no argument of {name}{did_you_mean(key, spec.options)}; allowed: {known}")
     return arguments
 
 
@@ -316,7 +316,7 @@ def _not_a_verb(word: str) -> str:
 
     if word in shipped_recipes() or word.endswith((".yaml", ".yml")):
         return f"{word}: no such verb; did you mean recipe={word}?"
-    return f"{word}: no such verb{near(word, VERBS)}; allowed: {', '.join(VERBS)}, or key=value to train"
+    return f"{word}: no such verb{did_you_mean(word, VERBS)}; allowed: {', '.join(VERBS)}, or key=value to train"
 
 
 def _checkpoint(arguments: Arguments) -> str:
@@ -332,10 +332,14 @@ def _rank() -> int:
 
 
 def _complain(error: BnFinetuneError) -> None:
-    """Print one line: on rank 0, and on another rank where the mistake may be that rank's alone (its share of data)."""
+    """Print one line: on the rank of the error, and if that is on another machine, on the first rank of this one."""
     rank = _rank()
     if rank and (isinstance(error, RecipeError) or "torch.distributed" not in sys.modules):
         return
+    if error.rank is not None and error.rank != rank:
+        if os.environ.get("LOCAL_RANK") != "0":
+            return
+        rank = error.rank
     line = " ".join(str(error).splitlines())
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
-    print(f"bnfinetune: error: {f'[rank {rank}] ' if rank else ''}{shown}", file=sys.stderr)
+    print(f"bnfinetune: error: {f'[rank {rank}] ' if rank or _rank() else ''}{shown}", file=sys.stderr)

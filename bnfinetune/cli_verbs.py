@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from bnfinetune.errors import RecipeError
+from bnfinetune.errors import RecipeError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,9 @@ class Arguments:
         """The value of an option that has few values, of which the first is the default."""
         value = self.options.get(option, choices[0])
         if value not in choices:
-            raise RecipeError(f"{option}: found {value!r}; allowed: {' | '.join(choices)}{near(value, choices)}")
+            raise RecipeError(
+                f"{option}: found {value!r}; allowed: {' | '.join(choices)}{did_you_mean(value, choices)}"
+            )
         return value
 
 
@@ -65,9 +65,3 @@ def verb(usage: str, *, overrides: bool = False, paths: bool = False, **options:
         return run
 
     return enter
-
-
-def near(found: str, names: Sequence[str] | Mapping[str, Any]) -> str:
-    """The end of a message about a name that is none of these: which one may have been meant."""
-    near = difflib.get_close_matches(found, list(names), n=1)
-    return f"; did you mean {near[0]}?" if near else ""

@@ -6,6 +6,7 @@ so that `--help` and a mistake in a recipe answer at once.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -25,6 +26,10 @@ def _ascending(pair: tuple[_Number, _Number]) -> tuple[_Number, _Number]:
     if pair[0] > pair[1]:
         raise ValueError(f"the lower bound comes first, found {list(pair)}")
     return pair
+
+
+# a shell expands ~ at the beginning of a word only, and not behind key=
+FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 def _yaml_no(value: object) -> object:
@@ -54,7 +59,7 @@ class Model(Section):
         default="bnf_resnet", min_length=1, description="any timm model; also hf-hub:USER/NAME and local-dir:PATH"
     )
     pretrained: bool = Field(default=True, description="load the model's pretrained weights")
-    checkpoint: str | None = Field(
+    checkpoint: FilePath | None = Field(
         default=None, description="weights file (safetensors, or a tensors-only pickle) loaded instead of timm's"
     )
     kwargs: dict[str, Any] = Field(
@@ -297,8 +302,8 @@ class Train(Section):
     )
     batch_size: Positive = Field(default=8, description="images per process and forward")
     grad_accum: Positive = Field(default=1, description="forwards per optimizer update")
-    mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_yaml_no)] = Field(
-        default="no", description="autocast precision"
+    mixed_precision: Annotated[Literal["no", "fp16", "bf16"] | None, BeforeValidator(_yaml_no)] = Field(
+        default=None, description="autocast precision; null: what accelerate launch or its configuration says, else no"
     )
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.0, description="share of the target spread over all classes"
@@ -316,11 +321,11 @@ class Train(Section):
     cache_memory: Annotated[int, Field(ge=0)] = Field(
         default=1024, description="MiB of features per process that are kept in memory; more go into files"
     )
-    cache_dir: str | None = Field(
+    cache_dir: FilePath | None = Field(
         default=None, description="folder that keeps features for later runs; null: they go with the run"
     )
     early_stop: Positive | None = Field(default=None, description="stop after so many evaluations without a better one")
-    resume: str | None = Field(
+    resume: FilePath | None = Field(
         default=None, description="run folder to continue; auto: run.dir if it holds a checkpoint"
     )
     resume_allow: tuple[str, ...] = Field(
@@ -379,7 +384,7 @@ class Checkpoint(Section):
 class Run(Section):
     """Where a run writes, and what makes it repeatable."""
 
-    dir: str | None = Field(default=None, description="run folder; null: a new one under runs/")
+    dir: FilePath | None = Field(default=None, description="run folder; null: a new one under runs/")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=42, description="seed of every random draw")
     deterministic: bool = Field(default=False, description="only deterministic kernels; slower")
     check: Annotated[Literal["off", "warn", "error"], BeforeValidator(_yaml_off)] = Field(
@@ -387,6 +392,9 @@ class Run(Section):
     )
     report: bool = Field(
         default=True, description="follow the BN statistics over the run, and write report.html at its end"
+    )
+    log_every: AboveZero = Field(
+        default=30.0, description="seconds between lines of progress in run.log, and where output is no terminal"
     )
     tracking: str | None = Field(
         default=None, description="trackers of Accelerate, comma-separated, such as tensorboard or wandb"
@@ -420,3 +428,30 @@ class Recipe(Section):
         if self.data.streaming and self.train.steps is None:
             raise ValueError("data.streaming has no length: set train.steps")
         return self
+
+    @model_validator(mode="after")
+    def _evaluated_domain_is_declared(self) -> Recipe:
+        if self.evaluate.domain is not None and self.evaluate.domain not in self.domains:
+            known = ", ".join(self.domains) or "none"
+            raise ValueError(f"evaluate.domain={self.evaluate.domain} is not among bn.domains ({known})")
+        return self
+
+    @property
+    def bn_sections(self) -> tuple[BN, ...]:
+        """The `bn` sections, in order."""
+        return self.bn if isinstance(self.bn, tuple) else (self.bn,)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Every domain that the `bn` sections declare, in order."""
+        return tuple(dict.fromkeys(name for section in self.bn_sections for name in section.domains))
+
+    @property
+    def evaluated_domain(self) -> str | None:
+        """The domain whose statistics evaluation and the exported network use; None where there are no domains."""
+        return self.evaluate.domain or (self.domains[-1] if self.domains else None)
+
+    @property
+    def evaluated_domain_number(self) -> int | None:
+        """Its place among `domains`, by which batches tell their images' domains."""
+        return None if self.evaluated_domain is None else self.domains.index(self.evaluated_domain)

@@ -86,11 +86,11 @@ class Population:
         keys = STATS if domain is None else [domain_key(domain, key) for key in STATS]
         mean, var, batches = (layer._buffers.get(key) for key in keys)
         self.stats = None if mean is None or var is None else RunningStats(mean, var, batches)
-        self.weight: Tensor | None = layer.weight
-        self.bias: Tensor | None = layer.bias
-        if domain is not None:
-            self.weight = getattr(layer, domain_key(domain, "weight"), self.weight)
-            self.bias = getattr(layer, domain_key(domain, "bias"), self.bias)
+        self._affine_keys = AFFINE
+        if domain is not None and domain_key(domain, "weight") in layer._bn_added:
+            self._affine_keys = domain_key(domain, "weight"), domain_key(domain, "bias")
+        self.weight: Tensor | None = getattr(layer, self._affine_keys[0])
+        self.bias: Tensor | None = getattr(layer, self._affine_keys[1], None)
         self.eps = eps_of(layer, name)
         self.momentum: float | None = getattr(layer, "momentum", 0.1)  # PyTorch's default
 
@@ -98,6 +98,14 @@ class Population:
     def affine(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias, each (C,) or None."""
         return self.weight, self.bias
+
+    def hold_affine(self) -> None:
+        """Cuts weight and bias off from what they are computed from; a Parameter says itself whether it learns."""
+        known = self.layer._parameters
+        if self._affine_keys[0] not in known and self.weight is not None and self.weight.requires_grad:
+            self.weight = self.weight.detach()
+        if self._affine_keys[1] not in known and self.bias is not None and self.bias.requires_grad:
+            self.bias = self.bias.detach()
 
     def require_stats(self) -> RunningStats:
         """The running statistics.

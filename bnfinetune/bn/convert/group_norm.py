@@ -34,7 +34,7 @@ from bnfinetune.bn.layers import (
     walk_modules,
 )
 from bnfinetune.bn.policy.apply import restore_bn
-from bnfinetune.bn.policy.transition import undo
+from bnfinetune.bn.policy.transition import carry_out
 from bnfinetune.bn.saved_report import SavedReport
 from bnfinetune.bn.statistics.batches import device_of, images_tensor
 from bnfinetune.errors import LayerError, PolicyError, StatisticsError
@@ -129,7 +129,7 @@ def convert_group_norm(
         report, convolutions = _calibrate(model, fresh, batch, weight_standardisation)
         for name in convolutions:
             _standardise(model.get_submodule(name))
-    undo(selected.values(), model)
+    carry_out(model, {}, undone=selected.values())
     for name, layer in selected.items():
         _keep_parameters(layer, fresh[name])
     model = replace_modules(model, {layer: fresh[name] for name, layer in selected.items()})

@@ -10,8 +10,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from bnfinetune.bn.layers import find_bn_layers, require_known, unwrap
-from bnfinetune.bn.policy.switched_layer import SwitchedBN, give_back, native_state, state_of, switches_of, take_over
+from bnfinetune.bn.layers import find_bn_layers, require_known
+from bnfinetune.bn.policy.switched_layer import (
+    SwitchedBN,
+    give_back,
+    native_state,
+    require_own_forward,
+    state_of,
+    switches_of,
+    take_over,
+)
 from bnfinetune.bn.population import RENORM_AGE, STATS
 from bnfinetune.errors import StatisticsError
 
@@ -28,7 +36,8 @@ def no_stat_updates(model: nn.Module) -> Iterator[nn.Module]:
 
     Raises:
         SelectionError: the model has no BN layer.
-        LayerError: a layer's class has a `forward` of its own and is not registered.
+        LayerError: a layer's class has a `forward` of its own and is not registered, or a layer without a policy keeps
+            a `forward` that was put in its class's place.
     """
     layers = find_bn_layers(model)
     for name, layer in layers.items():
@@ -36,7 +45,10 @@ def no_stat_updates(model: nn.Module) -> Iterator[nn.Module]:
     layers = {name: layer for name, layer in layers.items() if isinstance(layer, SwitchedBN) or _updates(layer)}
     for name, layer in layers.items():
         if not isinstance(layer, SwitchedBN):
-            take_over(layer, replace(native_state(name, layer, unwrap(model).training), passing=True))
+            require_own_forward(layer, name)
+    for name, layer in layers.items():
+        if not isinstance(layer, SwitchedBN):
+            take_over(layer, replace(native_state(name, layer), passing=True))
         cast(SwitchedBN, layer)._bn_holds += 1
     try:
         yield model

@@ -91,7 +91,8 @@ def test_gradients_agree_with_finite_differences(rule):
 @pytest.mark.parametrize("affine", ["trained", "frozen"])
 @pytest.mark.parametrize("eval_stats", ["running", "batch", "mix"])
 def test_evaluation_follows_the_papers_formula(eval_stats, affine):
-    layer = make_layer(nn.BatchNorm2d, eval_stats=eval_stats, mix_prior=6.0, affine=affine).eval()
+    needed = {"mix_prior": 6.0} if eval_stats == "mix" else {}
+    layer = make_layer(nn.BatchNorm2d, eval_stats=eval_stats, affine=affine, **needed).eval()
     x = make_input((7, CHANNELS, 3, 5))
     stats = (layer.running_mean.clone(), layer.running_var.clone())
     if eval_stats == "mix":

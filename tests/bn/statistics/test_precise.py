@@ -221,6 +221,7 @@ def test_folded_layers_are_unfolded_for_the_pass_and_folded_again():
 def test_a_domain_gets_statistics_of_its_own():
     model, plain = toy(), toy()
     before = statistics_of(model)
+    apply_policy(model, BNPolicy(domains="target"))
     with domain(model, "target"):
         precise_bn(model, batches_of())
         inside = model.eval()(images())

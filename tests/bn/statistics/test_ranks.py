@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from bnfinetune.bn import domain
+from bnfinetune.bn import BNPolicy, apply_policy, domain
 from bnfinetune.bn.statistics.moments import all_reduce_moments
 from bnfinetune.bn.statistics.ranks import merge_running_stats
 from bnfinetune.errors import StatisticsError
@@ -67,7 +67,7 @@ def test_merged_statistics_obey_the_law_of_total_variance(name, tmp_path):
 
 
 def domains_of_rank(rank: int) -> dict:
-    model = nn.Sequential(nn.BatchNorm2d(2))
+    model = apply_policy(nn.Sequential(nn.BatchNorm2d(2)), BNPolicy(domains="target"))
     with domain(model, "target"), torch.no_grad():
         model(torch.full((1, 2, 2, 2), 10.0 * rank) + torch.arange(4.0).view(2, 2))
     merge_running_stats(model, 1)
