@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bnfinetune.bn.folding.fold import fold_bn, fold_report, folded, unfold_bn
     from bnfinetune.bn.folding.fuse import fuse_bn
     from bnfinetune.bn.layers import find_bn_layers, register_bn_class
-    from bnfinetune.bn.policy.apply import apply_policy, freeze_bn, restore_bn, unfreeze_bn
+    from bnfinetune.bn.policy.apply import apply_policy, freeze_bn, frozen, restore_bn, unfreeze_bn
     from bnfinetune.bn.policy.domains import domain, export_domain
     from bnfinetune.bn.policy.saving import load_policy_state, policy_state
     from bnfinetune.bn.policy.spec import BNPolicy, auto_momentum
@@ -52,6 +52,7 @@ __all__ = [
     "fold_report",
     "folded",
     "freeze_bn",
+    "frozen",
     "fuse_bn",
     "get_bn_modules",
     "inspect_bn",
@@ -90,6 +91,7 @@ _HOMES = {
     "fold_report": "bnfinetune.bn.folding.fold",
     "folded": "bnfinetune.bn.folding.fold",
     "freeze_bn": "bnfinetune.bn.policy.apply",
+    "frozen": "bnfinetune.bn.policy.apply",
     "fuse_bn": "bnfinetune.bn.folding.fuse",
     "get_bn_modules": "bnfinetune.bn.statistics.fvcore",
     "inspect_bn": "bnfinetune.diagnose.drift",

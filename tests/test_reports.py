@@ -35,6 +35,7 @@ def damaged_drift(model: nn.Module) -> Any:
 # What each call returns, a part of its text, and the path to something in its JSON.
 REPORTS: dict[str, tuple[Callable[[nn.Module], Any], str, tuple[Any, ...]]] = {
     "describe_bn": (bnf.describe_bn, "train stats", ("layers", 1, "eps")),
+    "fold_report": (bnf.fold_report, "folded into", ("layers", 0, "remark")),
     "check_bn": (lambda model: bnf.check_bn(model, batch_size=2), "BN206", ("findings", 0, "page")),
     "watch_bn": (watched, "pitfall", ("exit_code",)),
     "inspect_bn": (lambda model: bnf.inspect_bn(model, [images(8, 12)]), "drift", ("layers", "4", "noise", 0)),

@@ -192,7 +192,7 @@ class _Watcher:
         try:
             with evaluation_mode(self._bare), unfolded(self._bare), _same_draws(images.device):
                 evaluated, by_running = self._again(tracked, len(images))
-                with recording(live):
+                with recording(live, keep=False):
                     trained, by_batch = self._again(live, len(images))
         except Exception as error:  # a model may refuse its training input in evaluation mode in any way
             warnings.warn(

@@ -23,7 +23,7 @@ from bnfinetune.bn.layers import (
     select_layers,
 )
 from bnfinetune.bn.policy.switched_layer import switches_of
-from bnfinetune.bn.policy.transition import undo
+from bnfinetune.bn.policy.transition import carry_out
 from bnfinetune.bn.population import Population, population_of
 from bnfinetune.errors import LayerError
 
@@ -58,7 +58,7 @@ def convert_frozen_bn(model: nn.Module, *, layers: Selection = "*", exclude: Sel
     require_bare(model, "convert_frozen_bn")
     selected = select_layers(model, layers, exclude)
     frozen = {layer: _frozen(name, layer) for name, layer in selected.items()}
-    undo(selected.values(), model)
+    carry_out(model, {}, undone=selected.values())
     return replace_modules(model, frozen)
 
 

@@ -34,9 +34,9 @@ from bnfinetune.bn.layers import (
     walk_modules,
 )
 from bnfinetune.bn.policy.apply import restore_bn
-from bnfinetune.bn.policy.transition import undo
+from bnfinetune.bn.policy.transition import carry_out
 from bnfinetune.bn.saved_report import SavedReport
-from bnfinetune.bn.statistics.batches import device_of, model_input
+from bnfinetune.bn.statistics.batches import device_of, images_tensor
 from bnfinetune.errors import LayerError, PolicyError, StatisticsError
 
 _POSITIONS = 64  # pixels per image that a layer is calibrated on; neighbours tell little more
@@ -129,7 +129,7 @@ def convert_group_norm(
         report, convolutions = _calibrate(model, fresh, batch, weight_standardisation)
         for name in convolutions:
             _standardise(model.get_submodule(name))
-    undo(selected.values(), model)
+    carry_out(model, {}, undone=selected.values())
     for name, layer in selected.items():
         _keep_parameters(layer, fresh[name])
     model = replace_modules(model, {layer: fresh[name] for name, layer in selected.items()})
@@ -184,7 +184,7 @@ def _group_norm_for(name: str, layer: Any, num_groups: int, min_group_size: int)
 def _read(data: Iterable[Any], num_samples: int) -> Tensor:
     parts: list[Tensor] = []
     for batch in data:
-        parts.append(model_input(batch))
+        parts.append(images_tensor(batch, "convert_group_norm"))
         if sum(map(len, parts)) >= num_samples:
             break
     images = torch.cat(parts)[:num_samples] if parts else torch.empty(0)

@@ -191,6 +191,12 @@ def folded(model: nn.Module, example_input: Example | None = None, *, keep: bool
         unfold_bn(model)
 
 
+def keep_folds(model: nn.Module) -> None:
+    """Lets a folded model keep folded parameters over forwards until it is unfolded, as within `folds_kept`."""
+    for layer in model.modules():
+        keep_folded(layer, Keeper())
+
+
 @contextmanager
 def folds_kept(model: nn.Module) -> Iterator[None]:
     """Within this context folded parameters are kept over forwards, as by `folded(keep=True)`.
@@ -198,8 +204,7 @@ def folds_kept(model: nn.Module) -> Iterator[None]:
     Args:
         model: a folded model; layers that are folded later keep nothing.
     """
-    for layer in model.modules():
-        keep_folded(layer, Keeper())
+    keep_folds(model)
     try:
         yield
     finally:

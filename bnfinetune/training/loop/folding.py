@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from bnfinetune.bn.folding.fold import fold_bn, fold_report, unfold_bn, unfolded
+from bnfinetune.bn.folding.fold import fold_bn, fold_report, keep_folds, unfold_bn, unfolded
 from bnfinetune.bn.folding.layers import is_foldable
 from bnfinetune.bn.layers import bn_class, find_bn_layers, is_bn_layer
 from bnfinetune.recipe import Recipe
@@ -61,6 +61,7 @@ class Folding:
         """Fold what can be folded now; call it after a change of policies."""
         if self._can_fold() and self._pays():
             fold_bn(self.model, self.image)
+            keep_folds(self.model)  # between pauses the loop makes all updates, through the optimizer
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -32,7 +32,7 @@ class Phase:
             frozen = {"train_stats": "running", "update_stats": "none", "affine": "frozen"}
             apply_policy(model, BNPolicy(**frozen, layers=self.section.layers, exclude=self.section.exclude))  # type: ignore[arg-type]
         else:
-            unfreeze_bn(model, layers=self.section.layers)
+            unfreeze_bn(model, layers=self.section.layers, exclude=self.section.exclude)
 
 
 def planned_phases(recipe: Recipe, updates: int, updates_per_epoch: int | None) -> list[Phase]:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from bnfinetune.bn.adapt.methods import adapt_model
+from bnfinetune.bn.adapt import adapt_model
 from bnfinetune.bn.statistics.precise import evaluation_mode
 from bnfinetune.errors import CheckpointError, DataError
 from bnfinetune.recipe import Recipe

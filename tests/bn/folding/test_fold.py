@@ -548,7 +548,7 @@ def test_the_observed_forward_leaves_no_trace():
     fold_bn(model)
     assert torch.rand(2).equal(wanted)
     handle.remove()
-    assert seen == [(mode, mode, False, (1, 3, 224, 224)) for mode in (False, True)]
+    assert seen == [(mode, mode, True, (1, 3, 224, 224)) for mode in (False, True)]
     assert modes == [module.training for module in model.modules()]
     assert hooks == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
 
