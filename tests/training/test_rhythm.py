@@ -11,6 +11,9 @@ import pytest
 
 import bnfinetune as bnf
 from bnfinetune.recipe_files import load_recipe
+from bnfinetune.training.data.from_recipe import recipe_loaders
+from bnfinetune.training.data.splits import load_splits
+from bnfinetune.training.launch import start_accelerator
 from bnfinetune.training.loop.progress import Rhythm, rhythm_of
 from tests.training.loop.test_guard import settings
 from tests.training.support import write_images
@@ -85,6 +88,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow  # every process imports torch and timm anew
 @pytest.mark.parametrize("method", [m for m in ("forkserver", "spawn") if m in multiprocessing.get_all_start_methods()])
 def test_processes_that_start_slowly_start_once(method, images, tmp_path):
     """One for each loader that is used, however many passes are made: training, validation, statistics."""
@@ -95,3 +99,15 @@ def test_processes_that_start_slowly_start_once(method, images, tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, env=env, check=False, timeout=250)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "started 3"
+
+
+@pytest.mark.parametrize(("method", "lasting"), [("fork", {"train", "val"}), ("spawn", None), ("forkserver", None)])
+def test_processes_that_start_slowly_last(method, lasting, images, monkeypatch):
+    monkeypatch.setattr("bnfinetune.training.data.loaders.get_start_method", lambda allow_none: method)
+    recipe = load_recipe("full", {"data.source": str(images), "data.image_size": 32, "data.workers": 1})
+    config = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear",
+              "crop_pct": 1.0}  # fmt: skip
+    loaders = recipe_loaders(recipe, load_splits(recipe.data, 0), config, start_accelerator())
+    named = {"train": loaders.train, "val": loaders.val, "stats": loaders.stats, "augmented": loaders.augmented_stats,
+             "target": loaders.targets["validation"]}  # fmt: skip
+    assert {name for name, loader in named.items() if loader.persistent_workers} == (lasting or set(named))

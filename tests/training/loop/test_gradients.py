@@ -2,7 +2,6 @@
 
 import gc
 import json
-import shutil
 import weakref
 
 import pytest
@@ -17,6 +16,7 @@ from bnfinetune.recipe_files import load_recipe
 from bnfinetune.training.data.loaders import ImageLoader
 from bnfinetune.training.launch import start_accelerator
 from bnfinetune.training.loop.gradients import Gradients
+from bnfinetune.training.loop.trainer import Trainer
 from bnfinetune.training.run import finetune
 from tests.bn.distributed import run_ranks
 from tests.training.loop.test_guard import settings
@@ -109,16 +109,22 @@ def test_a_run_with_a_ragged_last_batch_is_the_same_on_two_ranks(nursery, tmp_pa
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
 
 
-def test_the_training_loss_is_that_of_an_image(tmp_path):
-    """Over updates of 4, 4, 4 and 3 images; the rate is so small that the network stays as it is."""
+def test_the_training_loss_is_that_of_an_image(tmp_path, monkeypatch):
+    """Over updates of 4, 4, 4 and 3 images, of which each counts the same."""
+    count, seen = Trainer._count, []
+
+    def noted(self, group, images, value, good):
+        seen.append((images, value))
+        count(self, group, images, value, good)
+
+    monkeypatch.setattr(Trainer, "_count", noted)
     source = write_images(tmp_path / "images", train=5)
-    shutil.rmtree(source / "val")
-    shutil.copytree(source / "train", source / "val")
-    more = {"train.batch_size": 4, "train.epochs": 1, "optim.lr": 1e-9}
-    result = bnf.finetune("freeze_bn", **settings(source, tmp_path / "run", **PLAIN, **more))
-    measured = result.after["validation"]
-    assert measured.images == 15
-    assert result.history[0]["train_loss"] == pytest.approx(measured.loss, rel=1e-5)
+    options = {"train.batch_size": 4, "train.epochs": 1}
+    result = bnf.finetune("full", **settings(source, tmp_path / "run", **options))
+    assert [images for images, _ in seen] == [4, 4, 4, 3]
+    expected = sum(images * value for images, value in seen) / 15
+    assert expected != pytest.approx(sum(value for _, value in seen) / 4)
+    assert result.history[0]["train_loss"] == pytest.approx(expected)
 
 
 def train_domains(options, folder):
