@@ -61,7 +61,9 @@ def example_arguments(model: nn.Module, example_input: Example | None) -> tuple[
     Raises:
         PolicyError: no example input and no `pretrained_cfg`.
     """
-    like = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), torch.zeros(()))
+    floating = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+    # Offloaded parameters stand on the meta device while nothing runs; buffers may tell where it will.
+    like = next((tensor for tensor in floating if not tensor.is_meta), next(iter(floating), torch.zeros(())))
     if example_input is None:
         return (torch.zeros(1, *_input_size(model), device=like.device, dtype=like.dtype),), {}
 

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm, freeze_batch_norm_2d
 from torch import nn
@@ -23,7 +24,7 @@ from torch.nn.utils import fusion, parametrizations, parametrize, prune, weight_
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from bnfinetune.bn import freeze_bn
+from bnfinetune.bn import freeze_bn, restore_bn
 from bnfinetune.bn.folding.fold import fold_bn, fold_report, unfold_bn
 from bnfinetune.bn.folding.layers import FoldedBN, FoldedConv
 from bnfinetune.errors import LayerError
@@ -181,10 +182,6 @@ def normed(model):
     weight_norm(model.conv)
 
 
-def offloaded(model):
-    add_hook_to_module(model.conv, AlignDevicesHook(execution_device="cpu", offload=True, weights_map=None))
-
-
 def hooked(model):
     add_hook_to_module(model.conv, AlignDevicesHook(execution_device="cpu"))
     add_hook_to_module(model.bn, AlignDevicesHook(execution_device="cpu"))
@@ -246,6 +243,21 @@ def test_converters_of_bn_layers_leave_convs_that_compute_their_own_output(norm,
     assert_alike(plain, folded, images(), modes=(False,))
     unfold_bn(folded)
     assert [type(m) for m in folded.modules()] == [type(m) for m in plain.modules()]
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before folding", "after folding"])
+@pytest.mark.parametrize("dispatch", [lambda m: cpu_offload(m, "cpu"), lambda m: dispatch_model(m, {"": "cpu"})])
+@NORMS
+def test_models_that_accelerate_dispatches_compute_the_same(norm, dispatch, before):
+    torch.manual_seed(0)
+    plain = freeze_bn(randomise(Between(norm)).double())
+    model = copy.deepcopy(plain)
+    steps = [lambda: dispatch(model), lambda: fold_bn(model, images(1))]
+    for step in steps if before else reversed(steps):
+        step()
+    torch.testing.assert_close(model(images()), plain(images()), rtol=1e-10, atol=1e-10)
+    remove_hook_from_module(model, recurse=True)
+    torch.testing.assert_close(restore_bn(model).eval()(images()), plain(images()), rtol=1e-10, atol=1e-10)
 
 
 @NORMS
