@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from bnfinetune.diagnose.checks import check_bn as check_bn
     from bnfinetune.diagnose.drift import inspect_bn as inspect_bn
     from bnfinetune.diagnose.watch import watch_bn as watch_bn
-    from bnfinetune.training.optim import param_groups as param_groups
+    from bnfinetune.training.network.optim import param_groups as param_groups
     from bnfinetune.training.run import finetune as finetune
 
 __all__ = [
@@ -82,7 +82,7 @@ _HOMES = {
     "inspect_bn": "bnfinetune.diagnose.drift",
     "load_policy_state": "bnfinetune.bn.policy.saving",
     "no_stat_updates": "bnfinetune.bn.policy.updates",
-    "param_groups": "bnfinetune.training.optim",
+    "param_groups": "bnfinetune.training.network.optim",
     "policy_state": "bnfinetune.bn.policy.saving",
     "precise_bn": "bnfinetune.bn.statistics.precise",
     "register_bn_class": "bnfinetune.bn.layers",

@@ -98,8 +98,8 @@ def train(arguments: Arguments) -> None:
     name = arguments.need("recipe", f"write recipe=NAME ({', '.join(shipped_recipes())}) or recipe=FILE.yaml")
     recipe = load_recipe(name, arguments.overrides)
 
+    from bnfinetune.training.launch import leave_ranks
     from bnfinetune.training.run import train as run_recipe
-    from bnfinetune.training.start import leave_ranks
 
     run_recipe(recipe)
     leave_ranks()
@@ -130,8 +130,8 @@ def evaluate(arguments: Arguments) -> None:
     )
     load_recipe({}, overrides)
 
-    from bnfinetune.training.evaluate import evaluate_checkpoint
-    from bnfinetune.training.start import leave_ranks
+    from bnfinetune.training.launch import leave_ranks
+    from bnfinetune.training.measuring.measure import evaluate_checkpoint
 
     measured = evaluate_checkpoint(checkpoint, overrides)
     leave_ranks()
@@ -142,7 +142,7 @@ def evaluate(arguments: Arguments) -> None:
         return
     from rich.console import Console
 
-    from bnfinetune.training.report import metrics_table
+    from bnfinetune.training.reporting.summary import metrics_table
 
     Console().print(metrics_table(measured))
 
@@ -167,7 +167,7 @@ def predict(arguments: Arguments) -> None:
     if not arguments.paths:
         raise RecipeError("predict has nothing to look at; name images or folders of images")
 
-    from bnfinetune.training.predict import predict as predictions
+    from bnfinetune.training.measuring.predict import predict as predictions
 
     if _rank() != 0:
         return  # each rank would do the same work
@@ -205,7 +205,7 @@ def check(arguments: Arguments) -> None:
 
     from bnfinetune.diagnose.finding import render
     from bnfinetune.diagnose.recipes import check_recipe
-    from bnfinetune.training.start import leave_ranks
+    from bnfinetune.training.launch import leave_ranks
 
     found = check_recipe(recipe, steps=steps, ignore=[c for c in arguments.options.get("ignore", "").split(",") if c])
     leave_ranks()
@@ -263,8 +263,8 @@ def recalibrate(arguments: Arguments) -> None:
     out = arguments.need("out", "write out=FOLDER, a folder that does not exist yet")
     load_recipe({}, arguments.overrides)
 
-    from bnfinetune.training.recalibrate import recalibrate_checkpoint
-    from bnfinetune.training.start import leave_ranks
+    from bnfinetune.training.launch import leave_ranks
+    from bnfinetune.training.measuring.recalibrate import recalibrate_checkpoint
 
     report = recalibrate_checkpoint(checkpoint, out, arguments.overrides)
     leave_ranks()

@@ -276,10 +276,10 @@ class TestDispatch:
 
         rooms = {
             "run": {"train": calls.append},
-            "start": {"leave_ranks": lambda: None},
-            "evaluate": {"evaluate_checkpoint": lambda *words: calls.append(words) or {"test": Scores(0.5)}},
-            "predict": {"predict": predictions},
-            "report": {"metrics_table": lambda rows: f"table of {', '.join(rows)}"},
+            "launch": {"leave_ranks": lambda: None},
+            "measuring.measure": {"evaluate_checkpoint": lambda *words: calls.append(words) or {"test": Scores(0.5)}},
+            "measuring.predict": {"predict": predictions},
+            "reporting.summary": {"metrics_table": lambda rows: f"table of {', '.join(rows)}"},
         }
         for room, names in rooms.items():
             module = types.ModuleType(f"bnfinetune.training.{room}")

@@ -26,10 +26,10 @@ from bnfinetune.bn.policy.switched_layer import switches_of
 from bnfinetune.errors import BnFinetuneError, CheckpointError, SelectionError
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import dump_recipe, load_recipe, shipped_recipes
-from bnfinetune.training.backbone import _load_weights
-from bnfinetune.training.checkpoint import StateStore, describe_state, load_state, save_tensors
 from bnfinetune.training.data.images import open_image
-from bnfinetune.training.folder import complete_folder
+from bnfinetune.training.network.backbone import _load_weights
+from bnfinetune.training.saving.atomic import complete_folder
+from bnfinetune.training.saving.states import StateStore, describe_state, load_state, save_tensors
 
 FILES = 50  # of each kind
 SECONDS, BYTES = 60, 2**30  # that reading all of them may take, and at most have at a time

@@ -21,14 +21,14 @@ from bnfinetune.diagnose.set_up import check_set_up
 from bnfinetune.diagnose.watch import watch_bn
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import diff_recipes, load_recipe
-from bnfinetune.training.backbone import input_config
+from bnfinetune.training.data.from_recipe import recipe_loaders
 from bnfinetune.training.data.splits import load_splits
-from bnfinetune.training.evaluate import checkpoint_recipe, load_exported
-from bnfinetune.training.feed import recipe_loaders
-from bnfinetune.training.loop import Trainer
-from bnfinetune.training.recalibrate import recalibrate
+from bnfinetune.training.launch import start_accelerator
+from bnfinetune.training.loop.trainer import Trainer
+from bnfinetune.training.measuring.measure import checkpoint_recipe, load_exported
+from bnfinetune.training.measuring.recalibrate import recalibrate
+from bnfinetune.training.network.backbone import input_config
 from bnfinetune.training.run import assemble
-from bnfinetune.training.start import start_accelerator
 
 
 def check_recipe(recipe: Recipe, *, steps: int = 3, ignore: Sequence[str] = ()) -> Findings:

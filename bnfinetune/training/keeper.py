@@ -16,7 +16,22 @@ from torch import nn
 
 from bnfinetune.diagnose.finding import Findings
 from bnfinetune.errors import BnFinetuneError, CheckpointError
-from bnfinetune.training.checkpoint import (
+from bnfinetune.training.data.seeding import derive_seed
+from bnfinetune.training.launch import on_main, start_trackers
+from bnfinetune.training.loop.memory import enough_memory
+from bnfinetune.training.loop.trainer import Trainer
+from bnfinetune.training.measuring.drift_meter import drift_meter
+from bnfinetune.training.measuring.measure import adapted, measure
+from bnfinetune.training.measuring.metrics import Metrics
+from bnfinetune.training.measuring.mistakes import Mistake, Mistakes
+from bnfinetune.training.measuring.recalibrate import recalibrate
+from bnfinetune.training.network.norms import norm_config
+from bnfinetune.training.reporting.report_page import write_page
+from bnfinetune.training.reporting.summary import environment, metrics_table, write_report
+from bnfinetune.training.saving.atomic import METRICS, UNREADABLE, append_line, complete_folder, in_words, write_text
+from bnfinetune.training.saving.lock import RunLock
+from bnfinetune.training.saving.resume import RunFolder, create_run
+from bnfinetune.training.saving.states import (
     StateStore,
     describe_state,
     load_state,
@@ -27,21 +42,6 @@ from bnfinetune.training.checkpoint import (
     restore_rank_statistics,
     save_export,
 )
-from bnfinetune.training.data.seeding import derive_seed
-from bnfinetune.training.drift import drift_meter
-from bnfinetune.training.evaluate import adapted, measure
-from bnfinetune.training.folder import METRICS, UNREADABLE, append_line, complete_folder, in_words, write_text
-from bnfinetune.training.lock import RunLock
-from bnfinetune.training.loop import Trainer
-from bnfinetune.training.memory import enough_memory
-from bnfinetune.training.metrics import Metrics
-from bnfinetune.training.mistakes import Mistake, Mistakes
-from bnfinetune.training.norms import norm_config
-from bnfinetune.training.page import write_page
-from bnfinetune.training.recalibrate import recalibrate
-from bnfinetune.training.report import environment, metrics_table, write_report
-from bnfinetune.training.resume import RunFolder, create_run
-from bnfinetune.training.start import on_main, start_trackers
 
 LOWER_IS_BETTER = {"loss", "ece"}
 

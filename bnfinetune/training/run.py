@@ -20,21 +20,21 @@ from bnfinetune.diagnose.set_up import check_set_up
 from bnfinetune.errors import PolicyError, SelectionError
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import dump_recipe, load_recipe
-from bnfinetune.training.backbone import build_backbone, input_config, restrict_training
-from bnfinetune.training.batches import smallest_batch
+from bnfinetune.training.data.from_recipe import recipe_loaders
 from bnfinetune.training.data.splits import ImageSplits, load_splits
-from bnfinetune.training.features import features_instead_of_images
-from bnfinetune.training.feed import recipe_loaders
 from bnfinetune.training.keeper import Keeper
-from bnfinetune.training.lock import RunLock
-from bnfinetune.training.loop import Trainer
-from bnfinetune.training.memory import enough_memory
-from bnfinetune.training.metrics import Metrics
-from bnfinetune.training.norms import convert_recipe_norms
-from bnfinetune.training.optim import describe_groups
-from bnfinetune.training.phases import apply_recipe_policies
-from bnfinetune.training.resume import choose_run
-from bnfinetune.training.start import lost_ranks, seed_ranks, start_accelerator
+from bnfinetune.training.launch import lost_ranks, seed_ranks, start_accelerator
+from bnfinetune.training.loop.memory import enough_memory
+from bnfinetune.training.loop.phases import apply_recipe_policies
+from bnfinetune.training.loop.trainer import Trainer
+from bnfinetune.training.measuring.metrics import Metrics
+from bnfinetune.training.network.backbone import build_backbone, input_config, restrict_training
+from bnfinetune.training.network.norms import convert_recipe_norms
+from bnfinetune.training.network.optim import describe_groups
+from bnfinetune.training.network.shapes import smallest_batch
+from bnfinetune.training.probe.features import features_instead_of_images
+from bnfinetune.training.saving.lock import RunLock
+from bnfinetune.training.saving.resume import choose_run
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From which size of batches on folding saves time: behind `WORTHWHILE` in bnfinetune/training/folding.py."""
+"""From which size of batches on folding saves time: behind `WORTHWHILE` in bnfinetune/training/loop/folding.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import timm
 import torch
 
 from bnfinetune.bn import fold_bn, freeze_bn
-from bnfinetune.training.batches import normalised_values
+from bnfinetune.training.network.shapes import normalised_values
 from tests.bench.frozen_bn import eval_mode, step_of
 from tests.bench.harness import compare
 from tests.bench.results import record

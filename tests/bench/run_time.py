@@ -16,7 +16,7 @@ from unittest import mock
 
 import bnfinetune as bnf
 from bnfinetune.training.keeper import Keeper
-from bnfinetune.training.loop import Trainer
+from bnfinetune.training.loop.trainer import Trainer
 from tests.bench.folders import write_jpegs
 from tests.bench.results import record
 

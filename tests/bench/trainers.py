@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from bnfinetune.recipe_files import load_recipe
-from bnfinetune.training.loop import Progress, Trainer
+from bnfinetune.training.launch import start_accelerator
+from bnfinetune.training.loop.trainer import Progress, Trainer
 from bnfinetune.training.run import assemble
-from bnfinetune.training.start import start_accelerator
 
 
 def trainer_of(name: str, **overrides: Any) -> Trainer:

@@ -15,10 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from bnfinetune.training import checkpoint, folder, keeper, loop
+from bnfinetune.training import keeper
 from bnfinetune.training.data.loaders import EvalLoader, ImageLoader, TrainLoader
-from bnfinetune.training.metrics import Tally
+from bnfinetune.training.loop import trainer as loop
+from bnfinetune.training.measuring.metrics import Tally
 from bnfinetune.training.run import finetune
+from bnfinetune.training.saving import atomic as folder
+from bnfinetune.training.saving import states as checkpoint
 
 # A run with a state of every kind: averaged weights, dropout, mixup, accumulation, re-estimated statistics.
 OPTIONS = {

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bnfinetune.bn.layers import find_bn_layers
-from bnfinetune.training.loop import Trainer
+from bnfinetune.training.loop.trainer import Trainer
 
 CLASSES = ("blue", "green", "red")
 

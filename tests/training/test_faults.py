@@ -17,9 +17,9 @@ from torch import nn
 
 from bnfinetune.cli import main
 from bnfinetune.errors import CheckpointError
-from bnfinetune.training import checkpoint
-from bnfinetune.training.checkpoint import StateStore, load_state
-from bnfinetune.training.folder import complete_folder, write_folder
+from bnfinetune.training.saving import states as checkpoint
+from bnfinetune.training.saving.atomic import complete_folder, write_folder
+from bnfinetune.training.saving.states import StateStore, load_state
 from tests.training.support import write_images
 
 # All that the writing of a state asks of the system; torch and safetensors write their files by themselves.

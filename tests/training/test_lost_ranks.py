@@ -11,7 +11,7 @@ import pytest
 
 from bnfinetune.cli import main
 from bnfinetune.errors import DataError
-from bnfinetune.training.loop import Trainer
+from bnfinetune.training.loop.trainer import Trainer
 from tests.training.support import write_images
 
 WORDS = ["recipe=full", "model.name=test_resnet", "model.pretrained=false", "data.image_size=32", "data.workers=0",

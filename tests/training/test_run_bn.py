@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import bnfinetune as bnf
 from bnfinetune.errors import DataError, RecipeError
-from bnfinetune.training.evaluate import load_exported
 from bnfinetune.training.keeper import Keeper
+from bnfinetune.training.measuring.measure import load_exported
 from tests.training.support import bn_keys, broken_off, exported, write_images, write_weights
 from tests.training.test_run import last_weights, settings
 

@@ -1,0 +1,1 @@
+"""Measuring a network on images: metrics, mistakes, population statistics and their drift."""

@@ -1,0 +1,148 @@
+"""Measuring a network on a split: exact counts over all ranks, and nothing of the model changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from bnfinetune.bn.adapt.methods import adapt_model
+from bnfinetune.bn.statistics.precise import evaluation_mode
+from bnfinetune.errors import CheckpointError, DataError
+from bnfinetune.recipe import Recipe
+from bnfinetune.recipe_files import load_recipe
+from bnfinetune.training.data.from_recipe import recipe_loaders
+from bnfinetune.training.data.loaders import ImageLoader
+from bnfinetune.training.data.splits import load_splits
+from bnfinetune.training.launch import start_accelerator
+from bnfinetune.training.measuring.metrics import Metrics, Tally
+from bnfinetune.training.measuring.mistakes import Mistakes
+from bnfinetune.training.network.backbone import input_config
+from bnfinetune.training.network.norms import CONFIG_KEY, rebuild_norms
+from bnfinetune.training.saving.provenance import check_provenance
+from bnfinetune.training.saving.states import RECIPE, WEIGHTS, load_weights
+
+
+def measure(
+    model: nn.Module, loader: Any, num_classes: int, accelerator: Accelerator, mistakes: Mistakes | None = None
+) -> Metrics:
+    """Metrics of `model` over `loader`, of which each rank holds a disjoint share; `mistakes` keeps the worst of it.
+
+    The bare model is called, never its DDP wrapper, so ranks may hold different numbers of batches.
+    """
+    tally = Tally(num_classes)
+    memory_format = input_format(model)
+    # no inference mode: entropy minimisation at test time takes gradients
+    with evaluation_mode(model), torch.no_grad(), accelerator.autocast():
+        for images, labels, *indices in loader:
+            images = images.to(accelerator.device, non_blocking=True, memory_format=memory_format)
+            logits, labels = model(images), labels.to(accelerator.device, non_blocking=True)
+            tally.add(logits, labels)
+            if mistakes is not None:
+                mistakes.add(images, logits, labels, indices[0])
+    tally.merge()
+    if mistakes is not None:
+        mistakes.merge()
+    return tally.metrics()
+
+
+def input_format(model: nn.Module) -> torch.memory_format:
+    """The memory format that a model's convolution weights are stored in."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4 and not parameter.is_contiguous():
+            return torch.channels_last
+    return torch.contiguous_format
+
+
+def checkpoint_recipe(checkpoint: str, overrides: Sequence[str] = ()) -> tuple[Path, Recipe]:
+    """The folder of a checkpoint (a run folder stands for its best) and the recipe saved in it, with overrides.
+
+    Raises:
+        CheckpointError: It is not a folder that a run exported.
+    """
+    folder = Path(checkpoint)
+    if not (folder / "config.json").is_file() and (folder / "best" / "config.json").is_file():
+        folder = folder / "best"
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"checkpoint: {checkpoint} holds no exported model (config.json); name RUN or RUN/best")
+    saved = folder / RECIPE
+    return folder, load_recipe(str(saved) if saved.is_file() else {}, overrides)
+
+
+def evaluate_checkpoint(checkpoint: str, overrides: Sequence[str] = ()) -> dict[str, Metrics]:
+    """Measure an exported network on a data set; `bnfinetune evaluate` calls this.
+
+    Args:
+        checkpoint: A run folder, an exported folder such as RUN/best, or any folder that timm saved.
+        overrides: `data.*` and `evaluate.*` overrides of the recipe saved in the folder.
+
+    Returns:
+        Metrics by split: `validation`, and `test` where there is one.
+
+    Raises:
+        CheckpointError: The folder holds no network.
+        DataError: The data cannot be used, or its classes are not the network's.
+    """
+    folder, recipe = checkpoint_recipe(checkpoint, overrides)
+    accelerator = start_accelerator(recipe.train.mixed_precision)
+    model = load_exported(folder).to(accelerator.device)
+    splits = load_splits(recipe.data, recipe.run.seed)
+    check_classes(model, splits.class_names, folder)
+    loaders = recipe_loaders(recipe, splits, input_config(model, None), accelerator)
+    measured = {"validation": loaders.val} | ({} if loaders.test is None else {"test": loaders.test})
+    with closing(loaders):
+        return {
+            name: measure(adapted(model, recipe, loaders.targets[name]), loader, model.num_classes, accelerator)
+            for name, loader in measured.items()
+        }
+
+
+def adapted(model: nn.Module, recipe: Recipe, target: ImageLoader) -> nn.Module:
+    """`model`, or a copy that adapts to the images of `target` as `evaluate.adapt` says."""
+    section = recipe.evaluate
+    images = (batch[0] for batch in target) if section.adapt == "adabn" else None
+    return adapt_model(
+        model,
+        section.adapt,
+        images,
+        num_samples=section.adapt_samples,
+        mix_prior=section.adapt_prior,
+        lr=section.adapt_lr,
+    )
+
+
+def load_exported(folder: Path) -> Any:
+    """The network of an exported folder, in evaluation mode.
+
+    Raises:
+        CheckpointError: It cannot be loaded.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        ours = (folder / WEIGHTS).is_file()
+        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=not ours)
+        if CONFIG_KEY in config:
+            rebuild_norms(model, config, model.pretrained_cfg["input_size"])
+        if ours:  # strictly: timm would give a head of another size new, random weights
+            model.load_state_dict(load_weights(folder))
+    except Exception as error:  # timm, torch, safetensors and json raise each their own
+        raise CheckpointError(f"checkpoint: {folder} cannot be loaded ({error})") from error
+    check_provenance(folder, model)
+    return model.eval()
+
+
+def check_classes(model: Any, class_names: Sequence[str], folder: Path) -> None:
+    """Refuse data whose classes are not the network's, or are in another order."""
+    known = tuple(model.pretrained_cfg.get("label_names") or ())
+    if known != tuple(class_names) and (known or model.num_classes != len(class_names)):
+        raise DataError(
+            f"data.source has the classes {', '.join(class_names[:5])}... ({len(class_names)}), but {folder} predicts "
+            f"{', '.join(known[:5])}... ({model.num_classes}): evaluate on data with the same classes"
+        )

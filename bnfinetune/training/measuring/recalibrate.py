@@ -1,0 +1,113 @@
+"""Population statistics within a run: which images they are computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from bnfinetune.bn.policy.domains import domain
+from bnfinetune.bn.statistics.precise import precise_bn
+from bnfinetune.bn.statistics.report import PreciseBNReport
+from bnfinetune.recipe import Recalibrate, Recipe
+from bnfinetune.recipe_files import dump_recipe
+from bnfinetune.training.data.from_recipe import domains_of, evaluated_domain, recipe_loaders
+from bnfinetune.training.data.loaders import ImageLoader, Loaders
+from bnfinetune.training.data.splits import load_splits
+from bnfinetune.training.launch import start_accelerator
+from bnfinetune.training.measuring.measure import checkpoint_recipe, load_exported
+from bnfinetune.training.network.backbone import input_config
+from bnfinetune.training.network.norms import norm_config
+from bnfinetune.training.saving.atomic import choose_folder
+from bnfinetune.training.saving.states import save_export
+
+
+def recalibrate(
+    model: nn.Module,
+    loaders: Loaders,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    *,
+    exported: bool = False,
+    **selection: Any,
+) -> PreciseBNReport:
+    """Recompute the running statistics of `model` as a recipe's `recalibrate` section says; all ranks together.
+
+    Frozen statistics are recomputed too: a recipe that asks for it means them.
+
+    Args:
+        model: The bare network.
+        loaders: The run's loaders.
+        recipe: Which images, at most how many, which estimator, and the domain where there are several.
+        accelerator: For the autocast precision.
+        exported: The network is one domain's plain copy, which has no domains any more.
+        **selection: `layers` and `exclude` of `precise_bn`.
+
+    Raises:
+        StatisticsError: The pass failed; the network is as it was.
+    """
+    section, name = recipe.recalibrate, evaluated_domain(recipe)
+    loader = _loader(loaders, section)
+    enough = section.samples is not None and (loader.images is None or section.samples < loader.images)
+    with accelerator.autocast(), nullcontext() if name is None or exported else domain(model, name):
+        return precise_bn(
+            model,
+            _images(loader, None if name is None else domains_of(recipe).index(name)),
+            num_samples=section.samples if enough else None,
+            tolerance=section.tolerance,
+            variance=section.variance,
+            include_frozen=True,
+            **selection,
+        )
+
+
+def recalibrate_checkpoint(checkpoint: str, out: str, overrides: Sequence[str] = ()) -> PreciseBNReport:
+    """Write a copy of an exported network with statistics computed anew; `bnfinetune recalibrate` calls this.
+
+    Args:
+        checkpoint: A run folder, an exported folder such as RUN/best, or any folder that timm saved.
+        out: The new folder, which must not exist.
+        overrides: `data.*`, `recalibrate.*` and `evaluate.batch_size` overrides of the recipe saved in the folder.
+
+    Raises:
+        CheckpointError: The folder holds no network, or `out` is taken.
+        StatisticsError: The pass failed; nothing is written.
+    """
+    folder, recipe = checkpoint_recipe(checkpoint, overrides)
+    target = choose_folder(out, "recalibrated")
+    accelerator = start_accelerator(recipe.train.mixed_precision)
+    model = load_exported(folder).to(accelerator.device)
+    splits = load_splits(recipe.data, recipe.run.seed)
+    data_config = input_config(model, recipe.data.image_size)
+    with closing(recipe_loaders(recipe, splits, data_config, accelerator)) as loaders:
+        report = recalibrate(model, loaders, recipe, accelerator, exported=True)
+    if accelerator.is_main_process:
+        names = model.pretrained_cfg.get("label_names") or [str(number) for number in range(model.num_classes)]
+        source = {
+            "computed": "precise-BN",
+            "images": report.samples,
+            "data": recipe.recalibrate.data,
+            "source": recipe.data.source,
+            "fingerprint": splits.fingerprint(),
+        }
+        save_export(target, model, names, data_config, dump_recipe(recipe), source, norm_config(recipe.model))
+    accelerator.wait_for_everyone()
+    return report
+
+
+def _images(loader: ImageLoader, number: int | None) -> Iterator[Tensor]:
+    """The images of a loader; where batches tell domains, only those of the domain of that number."""
+    for images, _, *more in loader:
+        tells = number is not None and loader.emits_domains
+        chosen = images[more[0] == number] if tells else images
+        if len(chosen):
+            yield chosen
+
+
+def _loader(loaders: Loaders, section: Recalibrate) -> ImageLoader:
+    if section.data == "target":
+        return loaders.targets.get("test", loaders.targets["validation"])
+    return loaders.stats if section.preprocessing == "eval" else loaders.augmented_stats

@@ -1,0 +1,1 @@
+"""What a run writes and reads again: its folder, the best network, and states to go on from."""

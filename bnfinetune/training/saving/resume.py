@@ -1,0 +1,167 @@
+"""Opening the folder of a run: a new one, or one that goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from bnfinetune.errors import CheckpointError, RecipeError
+from bnfinetune.recipe import Recipe
+from bnfinetune.recipe_files import diff_recipes, load_recipe
+from bnfinetune.recipe_keys import find_key, nearest_key
+from bnfinetune.training.launch import on_main
+from bnfinetune.training.saving.atomic import METRICS, choose_folder, write_text
+from bnfinetune.training.saving.lock import RunLock
+from bnfinetune.training.saving.states import CHECKPOINTS, RECIPE, StateStore, describe_state
+
+# Where a run lives, what it shows and keeps, and whether it goes on do not change what it computes.
+_FREE_KEYS = {
+    *("run.dir", "run.check", "run.report", "run.tracking", "data.workers", "train.cache_dir", "train.cache_memory"),
+    *("train.resume", "train.resume_allow", "train.max_skipped", "train.auto_batch", "train.timeout_minutes"),
+    *("checkpoint.keep", "checkpoint.every_steps", "checkpoint.every_minutes"),
+}
+_BATCH_KEYS = {"train.batch_size", "train.grad_accum"}  # with the number of ranks they make the global batch
+_FINISHED = "summary.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder, and the state to go on from, if any.
+
+    Attributes:
+        path: The folder.
+        state: The state; None for a run that begins.
+        notes: Lines to say.
+        altered: The recipe or the number of ranks differ from those of the state, as was allowed.
+        again: A run was killed here before its first state, and begins anew.
+    """
+
+    path: Path
+    state: Path | None = None
+    notes: tuple[str, ...] = ()
+    altered: bool = False
+    again: bool = False
+
+
+def choose_run(recipe: Recipe, accelerator: Accelerator, lock: RunLock) -> RunFolder:
+    """Decide on the folder, alike on all ranks, and write nothing into it but the lock of a run that goes on.
+
+    Raises:
+        CheckpointError: The folder is taken or cannot be written, there is nothing to resume, or the run in it
+            followed another recipe.
+    """
+    return on_main(accelerator, lambda: _choose(recipe, accelerator.num_processes, lock))
+
+
+def _choose(recipe: Recipe, ranks: int, lock: RunLock) -> RunFolder:
+    _check_allowed(recipe)
+    resume = recipe.train.resume
+    if resume is None:
+        return RunFolder(choose_folder(recipe.run.dir, recipe.name))
+    if resume == "auto" and recipe.run.dir is None:
+        raise CheckpointError("train.resume=auto needs run.dir, the folder to continue; or set train.resume=FOLDER")
+    folder = Path(recipe.run.dir if resume == "auto" else resume)  # type: ignore[arg-type]
+    if (folder / RECIPE).is_file():
+        lock.take(folder)
+    state, damaged = StateStore(folder, keep=1).newest()
+    if state is None and not damaged:
+        if _began(folder):
+            _same_recipe(folder, recipe, same_batch=False)
+            return RunFolder(folder, notes=(f"no state was saved in {folder} yet: the run begins anew",), again=True)
+        if resume == "auto":
+            return RunFolder(choose_folder(recipe.run.dir, recipe.name))
+    if state is None:
+        raise CheckpointError(
+            f"train.resume: {folder} holds no undamaged state under checkpoints/; name a run folder that does"
+        )
+    return _continued(folder, state, damaged, recipe, ranks)
+
+
+def _began(folder: Path) -> bool:
+    """Whether a run was killed here before it saved its first state."""
+    return (folder / RECIPE).is_file() and not (folder / _FINISHED).exists()
+
+
+def _continued(folder: Path, state: Path, damaged: list[str], recipe: Recipe, ranks: int) -> RunFolder:
+    about = describe_state(state)
+    then = (about["ranks"], about["batch_size"], about["grad_accum"])
+    now = (ranks, recipe.train.batch_size, recipe.train.grad_accum)
+    if ranks != about["ranks"] and prod(then) != prod(now):
+        raise CheckpointError(
+            f"train.resume: {state} was saved by {about['ranks']} processes with {prod(then)} images per update, and "
+            f"this is {ranks} with {prod(now)}; keep processes x train.batch_size x train.grad_accum at {prod(then)}"
+        )
+    differing = _same_recipe(state, recipe, same_batch=prod(then) == prod(now))
+    notes = [f"warning: {line}; going on from {state.name}" for line in damaged]
+    if differing:
+        notes.append(f"train.resume_allow: {', '.join(differing)} differ from those of the saved run")
+    if then != now and prod(then) == prod(now):
+        old, new = (" x ".join(map(str, numbers)) for numbers in (then, now))
+        notes.append(
+            f"going on with {new} instead of {old} (processes x train.batch_size x train.grad_accum), the same "
+            f"{prod(now)} images per update: batch statistics, mixup and dropout see other batches from here on"
+        )
+    return RunFolder(folder, state, tuple(notes), altered=bool(differing) or then != now)
+
+
+def _check_allowed(recipe: Recipe) -> None:
+    for key in recipe.train.resume_allow:
+        if find_key(key) is None:
+            near = nearest_key(key)
+            raise RecipeError(f"train.resume_allow: {key}: no such key{f'; did you mean {near}?' if near else ''}")
+
+
+def _same_recipe(saved: Path, recipe: Recipe, *, same_batch: bool) -> list[str]:
+    """The keys that differ and may; the keys of a batch may, unnamed, where the global batch is the same.
+
+    Raises:
+        CheckpointError: Others differ.
+    """
+    differing = {
+        key: pair
+        for key, pair in diff_recipes(load_recipe(str(saved / RECIPE)), recipe).items()
+        if key not in _FREE_KEYS and not (key in _BATCH_KEYS and same_batch)
+    }
+    allowed = [key for key in differing if any(_covers(name, key) for name in recipe.train.resume_allow)]
+    refused = {key: pair for key, pair in differing.items() if key not in allowed}
+    if refused:
+        shown = ", ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in list(refused.items())[:3])
+        raise CheckpointError(
+            f"train.resume: the run in {saved.parent.parent if saved.parent.name == CHECKPOINTS else saved} follows "
+            f"another recipe ({shown}); use the same values, name the keys in train.resume_allow, "
+            "or start anew in another run.dir"
+        )
+    return allowed
+
+
+def _covers(name: str, key: str) -> bool:
+    return key == name or key.startswith(f"{name}.")
+
+
+def create_run(folder: RunFolder, recipe_text: str, environment: dict[str, Any], lock: RunLock) -> None:
+    """Make a new run's folder, lock it, and write what the run is; a resumed one stays as it is.
+
+    Raises:
+        CheckpointError: It cannot be written, or another run has taken it meanwhile.
+    """
+    if folder.state is not None:
+        return
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        lock.take(folder.path)
+        if not folder.again:
+            choose_folder(str(folder.path), "")  # another run may have come first
+        (folder.path / METRICS).unlink(missing_ok=True)
+        write_text(folder.path / RECIPE, recipe_text)  # first: a folder with a recipe is known for a run
+        write_text(folder.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"run.dir: {folder.path} cannot be written ({error.strerror}); choose another run.dir"
+        ) from error

@@ -1,0 +1,80 @@
+"""The run folder: never overwritten, whole or absent, damage noticed."""
+
+import json
+
+import pytest
+
+from bnfinetune.errors import CheckpointError
+from bnfinetune.training.saving import atomic as folders
+
+
+def test_a_new_run_takes_the_next_free_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(folders.choose_folder(None, "freeze_bn")) == "runs/freeze_bn"
+    (tmp_path / "runs/freeze_bn").mkdir(parents=True)
+    assert str(folders.choose_folder(None, "freeze_bn")) == "runs/freeze_bn-2"
+    assert str(folders.choose_folder(None, "../up/../../x")) == "runs/___up_______x"
+    assert not (tmp_path / "runs/freeze_bn-2").exists()
+
+
+def test_a_folder_in_use_is_refused_with_the_ways_out(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(CheckpointError, match=r"is not empty; choose another folder, or .*train.resume=auto"):
+        folders.choose_folder(str(tmp_path / "run"), "x")
+    with pytest.raises(CheckpointError, match="is not a writable folder"):
+        folders.choose_folder(str(tmp_path / "run" / "metrics.jsonl" / "below"), "x")
+
+
+def write(target, text):
+    folders.write_folder(target, lambda path: (path / "a.txt").write_text(text))
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    write(tmp_path / "best", "one")
+    write(tmp_path / "best", "two")
+    assert folders.complete_folder(tmp_path / "best") == tmp_path / "best"
+    assert (tmp_path / "best/a.txt").read_text() == "two"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best"]
+
+
+def test_a_failed_write_leaves_the_folder_that_was_there(tmp_path):
+    write(tmp_path / "best", "one")
+
+    def fail(path):
+        (path / "a.txt").write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        folders.write_folder(tmp_path / "best", fail)
+    assert (folders.complete_folder(tmp_path / "best") / "a.txt").read_text() == "one"
+
+
+def test_a_crash_between_the_renames_leaves_the_old_folder(tmp_path):
+    write(tmp_path / "best", "one")
+    (tmp_path / "best").rename(tmp_path / "best.old")
+    assert folders.complete_folder(tmp_path / "best") == tmp_path / "best.old"
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing", "manifest", "foreign manifest"])
+def test_damage_is_noticed(tmp_path, damage):
+    write(tmp_path / "best", "one")
+    if damage == "changed":
+        (tmp_path / "best/a.txt").write_text("onf")
+    elif damage == "missing":
+        (tmp_path / "best/a.txt").unlink()
+    elif damage == "manifest":
+        (tmp_path / "best" / folders.MANIFEST).write_text("{")
+    else:
+        (tmp_path / "best" / folders.MANIFEST).write_text("[1]")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        folders.complete_folder(tmp_path / "best")
+
+
+def test_text_and_lines(tmp_path):
+    folders.write_json(tmp_path / "x.json", {"ü": 1})
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"ü": 1}
+    folders.append_line(tmp_path / "m.jsonl", {"a": 1})
+    folders.append_line(tmp_path / "m.jsonl", {"a": 2})
+    assert [json.loads(line)["a"] for line in (tmp_path / "m.jsonl").read_text().splitlines()] == [1, 2]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.jsonl", "x.json"]
