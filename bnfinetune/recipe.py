@@ -112,12 +112,15 @@ class Data(Section):
         "file or pattern, or a datasets name",
     )
     config: str | None = Field(default=None, description="configuration of a datasets name")
-    train_split: str = Field(default="train", min_length=1, description="split that is trained on")
+    train_split: str | None = Field(
+        default=None, min_length=1, description="split that is trained on; null: train, or what is called alike"
+    )
     val_split: str | None = Field(
-        default=None, description="split that selects the best checkpoint; null: validation, val or a held-out fraction"
+        default=None,
+        description="split that selects the best checkpoint; null: validation, valid, val, dev or a held-out fraction",
     )
     test_split: str | None = Field(
-        default=None, description="split that is only measured before and after; null: test where there is one"
+        default=None, description="split that is only measured before and after; null: test, where there is one"
     )
     val_fraction: Between = Field(
         default=0.2,

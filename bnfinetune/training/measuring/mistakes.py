@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from bnfinetune.diagnose.page import Picture
-from bnfinetune.training.data.folders import printable
+from bnfinetune.training.data.walking import printable
 from bnfinetune.training.data.readable import original_row
 
 KEPT = 24

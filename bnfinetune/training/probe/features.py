@@ -27,9 +27,9 @@ from bnfinetune.bn.layers import find_bn_layers, is_bn_layer
 from bnfinetune.bn.policy.switched_layer import switches_of
 from bnfinetune.bn.statistics.precise import evaluation_mode
 from bnfinetune.recipe import Augment
+from bnfinetune.source_paths import DEMOS
 from bnfinetune.training.data.loaders import EvalLoader, ImageLoader, TrainLoader
 from bnfinetune.training.data.sampling import Pick
-from bnfinetune.training.data.sources import DEMOS
 from bnfinetune.training.launch import on_main
 from bnfinetune.training.loop.trainer import Trainer
 from bnfinetune.training.measuring.measure import input_format
