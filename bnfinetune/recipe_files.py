@@ -159,6 +159,11 @@ def _read(path: Path) -> str:
         raise RecipeError(f"{path}: {error.strerror}") from error
 
 
+def override_keys(overrides: Sequence[str] | Mapping[str, Any]) -> set[str]:
+    """The dotted keys that overrides give."""
+    return {key for key, _ in _override_values(overrides)}
+
+
 def _override_values(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Dotted keys and values of overrides, in their order."""
     if isinstance(overrides, Mapping):

@@ -86,7 +86,12 @@ def _train(recipe: Recipe, accelerator: Accelerator, lock: RunLock) -> RunResult
     trainer, splits, data_config, dropped = assemble(recipe, accelerator, say)
 
     seed_ranks(recipe.run, same_on_all=False)
-    source = {"computed": "as stored and trained", "source": recipe.data.source, "fingerprint": splits.fingerprint()}
+    source = {
+        "computed": "as stored and trained",
+        "source": recipe.data.source,
+        "fingerprint": splits.fingerprint(),
+        "levels": dict(splits.levels),
+    }
     unreadable = dict.fromkeys(splits.skipped)
     keeper = Keeper(
         trainer, folder, dump_recipe(recipe), splits.class_names, data_config, source, say, lock, unreadable

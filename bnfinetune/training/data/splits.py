@@ -53,6 +53,8 @@ class ImageSplits:
         skipped: Unreadable images left out by `data.on_error=skip`, as far as they were found before training.
         domain_column: Column of domain names in the training split, or None.
         levels: Values of 16-bit and float images that become 0 and 255; empty where there are no such images.
+        measured_as: What `val` is called where it is measured: `validation`, and `test` or `all` of a set of which
+            nothing is trained on.
     """
 
     train: Any
@@ -66,6 +68,7 @@ class ImageSplits:
     skipped: tuple[str, ...] = ()
     domain_column: str | None = None
     levels: Levels = field(default_factory=dict)
+    measured_as: str = "validation"
 
     def describe(self) -> str:
         """One line: source, images per split, classes."""
@@ -96,7 +99,10 @@ class ImageSplits:
 
 
 class Network(NamedTuple):
-    """What a network that is there already expects of data: its classes by number, and the levels of wide images."""
+    """What a network that is there already expects of data: its classes by number, and the levels of wide images.
+
+    Without class names, those of the data are taken.
+    """
 
     class_names: tuple[str, ...]
     levels: Levels
@@ -132,7 +138,7 @@ def load_splits(data: Data, seed: int, *, network: Network | None = None, whole:
         columns["train"].append(data.domain_column)
     splits = {role: _chosen_columns(split, columns[role], where[role]) for role, split in splits.items()}
     if any(isinstance(split, datasets.IterableDataset) for split in splits.values()):
-        return _stream_splits(splits, names, data, image, label, network)
+        return _stream_splits(splits, names, data, image, label, network, whole)
 
     parts, classes = _encode_labels(splits, label, data, where, network)
     skipped: list[str] = []
@@ -151,9 +157,9 @@ def load_splits(data: Data, seed: int, *, network: Network | None = None, whole:
     if data.streaming:
         parts["train"] = parts["train"].as_stream()
     train, val, test = (parts[role].split if role in parts else None for role in ("train", "val", "test"))
-    domains = data.domain_column
+    domains, measured_as = data.domain_column, _measured_as(names["val"], data) if whole else "validation"
     return ImageSplits(
-        train, val, test, classes, image, label, data.source, names, tuple(skipped), domains, levels
+        train, val, test, classes, image, label, data.source, names, tuple(skipped), domains, levels, measured_as
     )
 
 
@@ -214,6 +220,11 @@ def _whole(names: dict[str, str], found: list[str]) -> dict[str, str]:
     return {"train": names["val"], **names} if names else {}
 
 
+def _measured_as(name: str, data: Data) -> str:
+    role = split_role(name) if data.val_split is None else "val"
+    return {"val": "validation", "test": "test"}.get(role or "", "all")
+
+
 def _note_left_over(opened: Mapping[str, Any], names: Mapping[str, str], data: Data) -> None:
     """Name the splits that no role was found for, with their images."""
     left = [f"{name!r} ({_size(split)} images)" for name, split in opened.items() if name not in names.values()]
@@ -259,7 +270,7 @@ def _encode_labels(
     for role in values:
         check_labelled(values[role], column[role])
     coding = Coding.of_feature(splits["train"].features[label], data.classes, column["train"])
-    if network is not None:
+    if network is not None and network.class_names:
         every = [value for part in values.values() for value in part]
         coding = Coding.of_network(network.class_names, every, data.classes)
         _check_known(coding, every, data.source)
@@ -331,7 +342,13 @@ def _subset(part: _Part, data: Data, seed: int) -> _Part:
 
 
 def _stream_splits(
-    splits: dict[str, Any], names: dict[str, str], data: Data, image: str, label: str, network: Network | None
+    splits: dict[str, Any],
+    names: dict[str, str],
+    data: Data,
+    image: str,
+    label: str,
+    network: Network | None,
+    whole: bool,
 ) -> ImageSplits:
     """Splits that cannot be counted beforehand: the column's type or `data.classes` must tell the classes."""
     where = f"column {label!r} of split {names['train']!r} of {data.source}"
@@ -340,7 +357,7 @@ def _stream_splits(
     if data.train_samples is not None:
         raise DataError("data.train_samples cannot be chosen by class from a stream: unset it or data.streaming")
     coding = Coding.of_feature(splits["train"].features[label], data.classes, where)
-    if network is not None:
+    if network is not None and network.class_names:
         coding = Coding.of_names(network.class_names)
     if coding is None:
         raise DataError(f"{where} does not tell the classes of a stream: set data.classes to their number or names")
@@ -362,6 +379,7 @@ def _stream_splits(
         data.source,
         names,
         levels=levels or find_levels(splits["train"], image),
+        measured_as=_measured_as(names["val"], data) if whole else "validation",
     )
 
 
