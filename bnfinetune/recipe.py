@@ -6,15 +6,21 @@ so that `--help` and a mistake in a recipe answer at once.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from bnfinetune.source_paths import DEMOS
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0.0)]
 AboveZero = Annotated[float, Field(gt=0.0)]
 Between = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+DEMO_MODEL = "bnf_resnet"
+PHOTO_MODEL = "resnet50.a1_in1k"
 
 BN_FORMS = ("one section", "list of sections")
 
@@ -37,6 +43,15 @@ def _yaml_off(value: object) -> object:
     return "off" if value is False else value
 
 
+def _at_home(path: str) -> str:
+    """A path with `~` as the home folder, which shells leave as it is behind a `=`."""
+    prefix, colon, rest = path.partition("local-dir:")
+    return f"{prefix}{colon}{os.path.expanduser(rest)}" if colon else os.path.expanduser(path)
+
+
+FilePath = Annotated[str, AfterValidator(_at_home)]
+
+
 def _bn_form(value: object) -> str:
     return BN_FORMS[isinstance(value, list | tuple)]
 
@@ -50,11 +65,14 @@ class Section(BaseModel):
 class Model(Section):
     """Which timm backbone is fine-tuned, and from which weights."""
 
-    name: str = Field(
-        default="bnf_resnet", min_length=1, description="any timm model; also hf-hub:USER/NAME and local-dir:PATH"
+    name: FilePath = Field(
+        default=DEMO_MODEL,
+        min_length=1,
+        description=f"any timm model; also hf-hub:USER/NAME and local-dir:PATH; left out: {DEMO_MODEL} for the demo, "
+        f"{PHOTO_MODEL} for other data",
     )
     pretrained: bool = Field(default=True, description="load the model's pretrained weights")
-    checkpoint: str | None = Field(
+    checkpoint: FilePath | None = Field(
         default=None, description="weights file (safetensors, or a tensors-only pickle) loaded instead of timm's"
     )
     kwargs: dict[str, Any] = Field(
@@ -105,7 +123,7 @@ class Augment(Section):
 class Data(Section):
     """Where images and labels come from, and how they reach the model."""
 
-    source: str = Field(
+    source: FilePath = Field(
         default="demo",
         min_length=1,
         description="demo, demo-characters, demo-domains, a folder of class folders, a parquet or webdataset (.tar) "
@@ -319,11 +337,11 @@ class Train(Section):
     cache_memory: Annotated[int, Field(ge=0)] = Field(
         default=1024, description="MiB of features per process that are kept in memory; more go into files"
     )
-    cache_dir: str | None = Field(
+    cache_dir: FilePath | None = Field(
         default=None, description="folder that keeps features for later runs; null: they go with the run"
     )
     early_stop: Positive | None = Field(default=None, description="stop after so many evaluations without a better one")
-    resume: str | None = Field(
+    resume: FilePath | None = Field(
         default=None, description="run folder to continue; auto: run.dir if it holds a checkpoint"
     )
     resume_allow: tuple[str, ...] = Field(
@@ -382,7 +400,7 @@ class Checkpoint(Section):
 class Run(Section):
     """Where a run writes, and what makes it repeatable."""
 
-    dir: str | None = Field(default=None, description="run folder; null: a new one under runs/")
+    dir: FilePath | None = Field(default=None, description="run folder; null: a new one under runs/")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=42, description="seed of every random draw")
     deterministic: bool = Field(default=False, description="only deterministic kernels; slower")
     check: Annotated[Literal["off", "warn", "error"], BeforeValidator(_yaml_off)] = Field(
@@ -411,6 +429,13 @@ class Recipe(Section):
     evaluate: Evaluate = Field(default_factory=Evaluate)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     run: Run = Field(default_factory=Run)
+
+    @model_validator(mode="after")
+    def _network_for_the_data(self) -> Recipe:
+        """Where no network is named, photos get one of their size: the demo's own takes 32 pixels."""
+        if "name" not in self.model.model_fields_set and self.data.source not in DEMOS:
+            self.__dict__["model"] = self.model.model_copy(update={"name": PHOTO_MODEL})  # settled, and frozen from here
+        return self
 
     @model_validator(mode="after")
     def _standardisation_needs_groups(self) -> Recipe:

@@ -18,6 +18,7 @@ HUB_UNREACHABLE: Final = (
     "the Hugging Face hub cannot be reached: ways out: a local folder of images, a save_to_disk folder, or a cache "
     "filled on another machine with HF_HUB_OFFLINE=1"
 )
+_HUB_NAME: Final = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _PROXIES: Final = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 
 
@@ -27,14 +28,29 @@ def check_source(source: str) -> None:
     A name such as `user/flowers` may also be one of a hub; where no hub can be reached and no copy of it is cached, the
     answer is the same.
     """
+    check_path(source)
+    if _may_be_missing(source) and not _is_cached(source) and not _hub_answers():
+        hint = _hint(Path(source))
+        raise DataError(f"data.source: the dataset {source!r} is no local folder{hint}, and {HUB_UNREACHABLE}")
+
+
+def check_path(source: str) -> None:
+    """Raise a `DataError` if `source` cannot be a name of a hub, and is no folder or file that is there."""
     path = Path(source)
-    if source in DEMOS or os.path.exists(source) or path.suffix.lower() in FILE_ENDINGS or glob.has_magic(source):
-        return
-    hint = near_name(path.name, (*siblings(path), *(DEMOS if path.parent == Path() else ())))
-    if path.is_absolute() or source.startswith((".", "~")) or not _can_be_hub_name(source) or _is_beside_others(path):
-        raise DataError(f"data.source: there is no folder or file {_printable(source)}{hint}")
-    if not _is_cached(source) and not _hub_answers():
-        raise DataError(f"data.source: the dataset {source!r} is no local folder, and {HUB_UNREACHABLE}{hint}")
+    outside = source.startswith((".", "~")) or path.is_absolute() or _HUB_NAME.fullmatch(source) is None
+    beside_others = path.parent != Path() and path.parent.is_dir()
+    if _may_be_missing(source) and (outside or beside_others):
+        raise DataError(f"data.source: there is no folder or file {_printable(source)}{_hint(path)}")
+
+
+def _may_be_missing(source: str) -> bool:
+    """Whether a source is neither there, nor a demo, nor a pattern of files."""
+    by_name = Path(source).suffix.lower() in FILE_ENDINGS or glob.has_magic(source)
+    return source not in DEMOS and not by_name and not os.path.exists(source)
+
+
+def _hint(path: Path) -> str:
+    return near_name(path.name, [*siblings(path), *(DEMOS if path.parent == Path() else ())])
 
 
 def siblings(path: Path) -> list[str]:
@@ -50,15 +66,6 @@ def near_name(name: str, choices: tuple[str, ...] | list[str]) -> str:
     folded = {choice.casefold(): choice for choice in choices}
     matches = difflib.get_close_matches(name.casefold(), folded, n=1)
     return f"; did you mean {folded[matches[0]]!r}?" if matches else ""
-
-
-def _can_be_hub_name(source: str) -> bool:
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source, re.ASCII) is not None
-
-
-def _is_beside_others(path: Path) -> bool:
-    """Whether a missing path lies in a folder that is there, so that no name of a hub is meant."""
-    return path.parent != Path() and path.parent.is_dir()
 
 
 def _is_cached(name: str) -> bool:
