@@ -9,49 +9,55 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bnfinetune.bn.convert.group_norm import convert_group_norm as convert_group_norm
-    from bnfinetune.bn.folding.fold import fold_bn as fold_bn
-    from bnfinetune.bn.folding.fold import unfold_bn as unfold_bn
-    from bnfinetune.bn.folding.fuse import fuse_bn as fuse_bn
-    from bnfinetune.bn.layers import find_bn_layers as find_bn_layers
-    from bnfinetune.bn.layers import register_bn_class as register_bn_class
-    from bnfinetune.bn.policy.apply import apply_policy as apply_policy
-    from bnfinetune.bn.policy.apply import freeze_bn as freeze_bn
-    from bnfinetune.bn.policy.apply import restore_bn as restore_bn
-    from bnfinetune.bn.policy.apply import unfreeze_bn as unfreeze_bn
-    from bnfinetune.bn.policy.domains import domain as domain
-    from bnfinetune.bn.policy.saving import load_policy_state as load_policy_state
-    from bnfinetune.bn.policy.saving import policy_state as policy_state
-    from bnfinetune.bn.policy.spec import BNPolicy as BNPolicy
-    from bnfinetune.bn.policy.sync import convert_sync_bn as convert_sync_bn
-    from bnfinetune.bn.policy.sync import revert_sync_bn as revert_sync_bn
-    from bnfinetune.bn.policy.table import describe_bn as describe_bn
-    from bnfinetune.bn.policy.updates import no_stat_updates as no_stat_updates
-    from bnfinetune.bn.statistics.fvcore import get_bn_modules as get_bn_modules
-    from bnfinetune.bn.statistics.fvcore import update_bn_stats as update_bn_stats
-    from bnfinetune.bn.statistics.precise import precise_bn as precise_bn
-    from bnfinetune.diagnose.checks import check_bn as check_bn
-    from bnfinetune.diagnose.drift import inspect_bn as inspect_bn
-    from bnfinetune.diagnose.watch import watch_bn as watch_bn
-    from bnfinetune.training.network.optim import param_groups as param_groups
-    from bnfinetune.training.run import finetune as finetune
+    from bnfinetune.bn.absorb import absorb_bn
+    from bnfinetune.bn.adapt.methods import adapt_model
+    from bnfinetune.bn.convert.frozen_batch_norm import convert_frozen_bn
+    from bnfinetune.bn.convert.group_norm import convert_group_norm
+    from bnfinetune.bn.folding.fold import fold_bn, fold_report, folded, unfold_bn
+    from bnfinetune.bn.folding.fuse import fuse_bn
+    from bnfinetune.bn.layers import find_bn_layers, register_bn_class
+    from bnfinetune.bn.policy.apply import apply_policy, freeze_bn, frozen, restore_bn, unfreeze_bn
+    from bnfinetune.bn.policy.domains import domain, export_domain
+    from bnfinetune.bn.policy.saving import load_policy_state, policy_state
+    from bnfinetune.bn.policy.spec import BNPolicy, auto_momentum
+    from bnfinetune.bn.policy.sync import convert_sync_bn, revert_sync_bn
+    from bnfinetune.bn.policy.table import describe_bn
+    from bnfinetune.bn.policy.updates import StatSnapshot, no_stat_updates
+    from bnfinetune.bn.statistics.fvcore import get_bn_modules, update_bn_stats
+    from bnfinetune.bn.statistics.precise import precise_bn
+    from bnfinetune.bn.statistics.ranks import merge_running_stats
+    from bnfinetune.diagnose.checks import check_bn
+    from bnfinetune.diagnose.drift import inspect_bn
+    from bnfinetune.diagnose.watch import watch_bn
+    from bnfinetune.training.network.optim import param_groups
+    from bnfinetune.training.run import finetune
 
 __all__ = [
     "BNPolicy",
+    "StatSnapshot",
+    "absorb_bn",
+    "adapt_model",
     "apply_policy",
+    "auto_momentum",
     "check_bn",
+    "convert_frozen_bn",
     "convert_group_norm",
     "convert_sync_bn",
     "describe_bn",
     "domain",
+    "export_domain",
     "find_bn_layers",
     "finetune",
     "fold_bn",
+    "fold_report",
+    "folded",
     "freeze_bn",
+    "frozen",
     "fuse_bn",
     "get_bn_modules",
     "inspect_bn",
     "load_policy_state",
+    "merge_running_stats",
     "no_stat_updates",
     "param_groups",
     "policy_state",
@@ -67,20 +73,30 @@ __all__ = [
 
 _HOMES = {
     "BNPolicy": "bnfinetune.bn.policy.spec",
+    "StatSnapshot": "bnfinetune.bn.policy.updates",
+    "absorb_bn": "bnfinetune.bn.absorb",
+    "adapt_model": "bnfinetune.bn.adapt.methods",
     "apply_policy": "bnfinetune.bn.policy.apply",
+    "auto_momentum": "bnfinetune.bn.policy.spec",
     "check_bn": "bnfinetune.diagnose.checks",
+    "convert_frozen_bn": "bnfinetune.bn.convert.frozen_batch_norm",
     "convert_group_norm": "bnfinetune.bn.convert.group_norm",
     "convert_sync_bn": "bnfinetune.bn.policy.sync",
     "describe_bn": "bnfinetune.bn.policy.table",
     "domain": "bnfinetune.bn.policy.domains",
+    "export_domain": "bnfinetune.bn.policy.domains",
     "find_bn_layers": "bnfinetune.bn.layers",
     "finetune": "bnfinetune.training.run",
     "fold_bn": "bnfinetune.bn.folding.fold",
+    "fold_report": "bnfinetune.bn.folding.fold",
+    "folded": "bnfinetune.bn.folding.fold",
     "freeze_bn": "bnfinetune.bn.policy.apply",
+    "frozen": "bnfinetune.bn.policy.apply",
     "fuse_bn": "bnfinetune.bn.folding.fuse",
     "get_bn_modules": "bnfinetune.bn.statistics.fvcore",
     "inspect_bn": "bnfinetune.diagnose.drift",
     "load_policy_state": "bnfinetune.bn.policy.saving",
+    "merge_running_stats": "bnfinetune.bn.statistics.ranks",
     "no_stat_updates": "bnfinetune.bn.policy.updates",
     "param_groups": "bnfinetune.training.network.optim",
     "policy_state": "bnfinetune.bn.policy.saving",

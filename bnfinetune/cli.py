@@ -6,80 +6,22 @@ is one function under `@verb`; its docstring is its help.
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
 import io
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
-from bnfinetune.errors import BnFinetuneError, CheckpointError, RecipeError
+from bnfinetune.cli_verbs import VERBS, Arguments, verb
+from bnfinetune.errors import BnFinetuneError, CheckpointError, RecipeError, did_you_mean
 from bnfinetune.source_paths import check_path, check_source
 
 if TYPE_CHECKING:
     from bnfinetune.diagnose.finding import Format
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell gives
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What stands behind a verb: its own options, overrides of the recipe, and paths."""
-
-    options: dict[str, str] = field(default_factory=dict)
-    overrides: list[str] = field(default_factory=list)
-    paths: list[str] = field(default_factory=list)
-
-    def need(self, option: str, remedy: str) -> str:
-        """The value of an option that the verb cannot do without."""
-        if option not in self.options:
-            raise RecipeError(f"{option}= is missing; {remedy}")
-        return self.options[option]
-
-    def choose(self, option: str, *choices: str) -> str:
-        """The value of an option that has few values, of which the first is the default."""
-        value = self.options.get(option, choices[0])
-        if value not in choices:
-            raise RecipeError(f"{option}: found {value!r}; allowed: {' | '.join(choices)}{_near(value, choices)}")
-        return value
-
-
-Action = Callable[[Arguments], None]
-
-
-@dataclass(frozen=True)
-class Verb:
-    """A verb of the command line: the function that does it, and how it is called."""
-
-    run: Action
-    usage: str
-    options: Mapping[str, str]
-    takes_overrides: bool = False
-    takes_paths: bool = False
-
-    @property
-    def summary(self) -> str:
-        return self.help.partition("\n")[0]
-
-    @property
-    def help(self) -> str:
-        return (self.run.__doc__ or "").replace("\n    ", "\n").strip()
-
-
-VERBS: dict[str, Verb] = {}
-
-
-def verb(usage: str, *, overrides: bool = False, paths: bool = False, **options: str) -> Callable[[Action], Action]:
-    """Enter a function in the table of verbs under its own name."""
-
-    def enter(run: Action) -> Action:
-        VERBS[run.__name__] = Verb(run, usage, options, takes_overrides=overrides, takes_paths=paths)
-        return run
-
-    return enter
 
 
 @verb(
@@ -208,7 +150,7 @@ def check(arguments: Arguments) -> None:
     check_source(recipe.data.source)
 
     from bnfinetune.diagnose.finding import render
-    from bnfinetune.diagnose.recipes import check_recipe
+    from bnfinetune.training.checkup import check_recipe
     from bnfinetune.training.launch import leave_ranks
 
     found = check_recipe(recipe, steps=steps, ignore=[c for c in arguments.options.get("ignore", "").split(",") if c])
@@ -242,7 +184,7 @@ def inspect(arguments: Arguments) -> None:
     images = _whole(arguments, "images", default=256, least=2)
     check_path(load_recipe({}, arguments.overrides).data.source)
 
-    from bnfinetune.diagnose.recipes import inspect_checkpoint
+    from bnfinetune.training.checkup import inspect_checkpoint
 
     report = inspect_checkpoint(checkpoint, arguments.overrides, images=images, page=arguments.options.get("page"))
     print(json.dumps(report.to_dict(), indent=2) if form == "json" else report)
@@ -372,7 +314,7 @@ def _parse(name: str, words: Sequence[str]) -> Arguments:
             arguments.paths.append(word)
         else:
             known = ", ".join(f"{option}=" for option in spec.options) or "nothing"
-            raise RecipeError(f"{word}: no argument of {name}{_near(key, spec.options)}; allowed: {known}")
+            raise RecipeError(f"{word}: no argument of {name}{did_you_mean(key, spec.options)}; allowed: {known}")
     return arguments
 
 
@@ -381,12 +323,7 @@ def _not_a_verb(word: str) -> str:
 
     if word in shipped_recipes() or word.endswith((".yaml", ".yml")):
         return f"{word}: no such verb; did you mean recipe={word}?"
-    return f"{word}: no such verb{_near(word, VERBS)}; allowed: {', '.join(VERBS)}, or key=value to train"
-
-
-def _near(found: str, names: Sequence[str] | Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(found, list(names), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"{word}: no such verb{did_you_mean(word, VERBS)}; allowed: {', '.join(VERBS)}, or key=value to train"
 
 
 def _checkpoint(arguments: Arguments) -> str:
@@ -405,10 +342,14 @@ def _rank() -> int:
 
 
 def _complain(error: BnFinetuneError) -> None:
-    """Print one line: on rank 0, and on another rank where the mistake may be that rank's alone (its share of data)."""
+    """Print one line: on the rank of the error, and if that is on another machine, on the first rank of this one."""
     rank = _rank()
     if rank and (isinstance(error, RecipeError) or "torch.distributed" not in sys.modules):
         return
+    if error.rank is not None and error.rank != rank:
+        if os.environ.get("LOCAL_RANK") != "0":
+            return
+        rank = error.rank
     line = " ".join(str(error).splitlines())
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
-    print(f"bnfinetune: error: {f'[rank {rank}] ' if rank else ''}{shown}", file=sys.stderr)
+    print(f"bnfinetune: error: {f'[rank {rank}] ' if rank or _rank() else ''}{shown}", file=sys.stderr)

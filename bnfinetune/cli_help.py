@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bnfinetune.cli_verbs import Verb
 from bnfinetune.recipe_keys import RecipeSection, recipe_schema
-
-if TYPE_CHECKING:
-    from bnfinetune.cli import Verb
 
 _WIDTH = 100
 _INTRODUCTION = """\

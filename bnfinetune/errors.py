@@ -3,9 +3,18 @@
 A message is one line that names the layer, key or file, what was found, and the remedy.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class BnFinetuneError(ValueError):
-    """Base of every error that bnfinetune raises on purpose."""
+    """Base of every error that bnfinetune raises on purpose.
+
+    Attributes:
+        rank: The process that it happened in, where another one raises it too.
+    """
+
+    rank: int | None = None
 
 
 class RecipeError(BnFinetuneError):
@@ -46,3 +55,14 @@ class CheckpointError(BnFinetuneError, OSError):
 
 class TrainingError(BnFinetuneError, RuntimeError):
     """Training that cannot go on, such as a loss that is not finite."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str | None:
+    """The choice that somebody who wrote `name` most likely meant, if any is near."""
+    return next(iter(get_close_matches(name, list(choices), n=1)), None)
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """`; did you mean x?` for the nearest choice, or nothing: the end of a message."""
+    near = nearest(name, choices)
+    return f"; did you mean {near}?" if near else ""

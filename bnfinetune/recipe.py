@@ -33,6 +33,15 @@ def _ascending(pair: tuple[_Number, _Number]) -> tuple[_Number, _Number]:
     return pair
 
 
+def _at_home(path: str) -> str:
+    """A path with `~` as the home folder: a shell expands it at the beginning of a word only, and not behind key=."""
+    prefix, colon, rest = path.rpartition("local-dir:")
+    return f"{prefix}{colon}{os.path.expanduser(rest)}"
+
+
+FilePath = Annotated[str, AfterValidator(_at_home)]
+
+
 def _yaml_no(value: object) -> object:
     """YAML 1.1 reads a bare `no` as false."""
     return "no" if value is False else value
@@ -41,15 +50,6 @@ def _yaml_no(value: object) -> object:
 def _yaml_off(value: object) -> object:
     """And a bare `off` too."""
     return "off" if value is False else value
-
-
-def _at_home(path: str) -> str:
-    """A path with `~` as the home folder, which shells leave as it is behind a `=`."""
-    prefix, colon, rest = path.partition("local-dir:")
-    return f"{prefix}{colon}{os.path.expanduser(rest)}" if colon else os.path.expanduser(path)
-
-
-FilePath = Annotated[str, AfterValidator(_at_home)]
 
 
 def _bn_form(value: object) -> str:
@@ -318,8 +318,8 @@ class Train(Section):
     )
     batch_size: Positive = Field(default=8, description="images per process and forward")
     grad_accum: Positive = Field(default=1, description="forwards per optimizer update")
-    mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_yaml_no)] = Field(
-        default="no", description="autocast precision"
+    mixed_precision: Annotated[Literal["no", "fp16", "bf16"] | None, BeforeValidator(_yaml_no)] = Field(
+        default=None, description="autocast precision; null: what accelerate launch or its configuration says, else no"
     )
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.0, description="share of the target spread over all classes"
@@ -409,6 +409,9 @@ class Run(Section):
     report: bool = Field(
         default=True, description="follow the BN statistics over the run, and write report.html at its end"
     )
+    log_every: AboveZero = Field(
+        default=30.0, description="seconds between lines of progress in run.log, and where output is no terminal"
+    )
     tracking: str | None = Field(
         default=None, description="trackers of Accelerate, comma-separated, such as tensorboard or wandb"
     )
@@ -434,7 +437,9 @@ class Recipe(Section):
     def _network_for_the_data(self) -> Recipe:
         """Where no network is named, photos get one of their size: the demo's own takes 32 pixels."""
         if "name" not in self.model.model_fields_set and self.data.source not in DEMOS:
-            self.__dict__["model"] = self.model.model_copy(update={"name": PHOTO_MODEL})  # settled, and frozen from here
+            self.__dict__["model"] = self.model.model_copy(
+                update={"name": PHOTO_MODEL}
+            )  # settled, and frozen from here
         return self
 
     @model_validator(mode="after")
@@ -448,3 +453,30 @@ class Recipe(Section):
         if self.data.streaming and self.train.steps is None:
             raise ValueError("data.streaming has no length: set train.steps")
         return self
+
+    @model_validator(mode="after")
+    def _evaluated_domain_is_declared(self) -> Recipe:
+        if self.evaluate.domain is not None and self.evaluate.domain not in self.domains:
+            known = ", ".join(self.domains) or "none"
+            raise ValueError(f"evaluate.domain={self.evaluate.domain} is not among bn.domains ({known})")
+        return self
+
+    @property
+    def bn_sections(self) -> tuple[BN, ...]:
+        """The `bn` sections, in order."""
+        return self.bn if isinstance(self.bn, tuple) else (self.bn,)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Every domain that the `bn` sections declare, in order."""
+        return tuple(dict.fromkeys(name for section in self.bn_sections for name in section.domains))
+
+    @property
+    def evaluated_domain(self) -> str | None:
+        """The domain whose statistics evaluation and the exported network use; None where there are no domains."""
+        return self.evaluate.domain or (self.domains[-1] if self.domains else None)
+
+    @property
+    def evaluated_domain_number(self) -> int | None:
+        """Its place among `domains`, by which batches tell their images' domains."""
+        return None if self.evaluated_domain is None else self.domains.index(self.evaluated_domain)

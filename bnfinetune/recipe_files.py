@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from bnfinetune.errors import RecipeError
+from bnfinetune.errors import RecipeError, did_you_mean
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_keys import RecipeSection, find_key, takes_text
 from bnfinetune.recipe_mistakes import explain, place
@@ -140,9 +139,11 @@ def _find(name: str, folder: Path) -> Path:
         return path
     shipped = shipped_recipes()
     if name not in shipped:
-        near = difflib.get_close_matches(name, shipped, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        own = f"; your own file is recipe=./{name}.yaml" if (folder / f"{name}.yaml").is_file() else hint
+        own = (
+            f"; your own file is recipe=./{name}.yaml"
+            if (folder / f"{name}.yaml").is_file()
+            else did_you_mean(name, shipped)
+        )
         raise RecipeError(f"recipe: no shipped recipe {describe(name)}{own} (shipped: {', '.join(shipped)})")
     return shipped[name]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
+from bnfinetune.errors import did_you_mean
 from bnfinetune.recipe import BN_FORMS
 from bnfinetune.recipe_keys import RecipeSection, find_key, nearest_key, recipe_schema
 from bnfinetune.recipe_text import describe
@@ -38,8 +38,8 @@ def _unfit(key: str, found: Any, origins: Mapping[str, str]) -> str:
     if target is None or isinstance(target, RecipeSection):
         return f"{start}; allowed: the keys {_names(target or recipe_schema())}"
     hint = ""
-    if isinstance(found, str) and (near := difflib.get_close_matches(found.lower(), target.choices, n=1)):
-        hint = f"; did you mean {near[0]}?"
+    if isinstance(found, str):
+        hint = did_you_mean(found.lower(), target.choices)
     elif target.allowed.startswith("text") and isinstance(found, int | float):
         hint = f"; as text it is {describe(found)!r}"
     return f"{start}; allowed: {target.allowed}{hint}"

@@ -1,16 +1,16 @@
-"""Whether `data.source` is a path that is missing: told from names and folders alone, before anything heavy is loaded."""
+"""Whether `data.source` is a path that is missing: told from names and folders alone, before anything is loaded."""
 
 from __future__ import annotations
 
-import difflib
 import glob
 import os
 import re
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from bnfinetune.errors import DataError
+from bnfinetune.errors import DataError, nearest
 
 DEMOS: Final = ("demo", "demo-characters", "demo-domains")
 FILE_ENDINGS: Final = (".parquet", ".tar")
@@ -61,11 +61,11 @@ def siblings(path: Path) -> list[str]:
         return []
 
 
-def near_name(name: str, choices: tuple[str, ...] | list[str]) -> str:
-    """`; did you mean 'x'?` for the choice nearest to a name, or nothing."""
+def near_name(name: str, choices: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the choice nearest to a name in any case, or nothing; quoted, whatever it holds."""
     folded = {choice.casefold(): choice for choice in choices}
-    matches = difflib.get_close_matches(name.casefold(), folded, n=1)
-    return f"; did you mean {folded[matches[0]]!r}?" if matches else ""
+    near = nearest(name.casefold(), folded)
+    return f"; did you mean {folded[near]!r}?" if near else ""
 
 
 def _is_cached(name: str) -> bool:

@@ -12,6 +12,7 @@ import pytest
 
 from bnfinetune import cli
 from bnfinetune.cli import main
+from bnfinetune.cli_verbs import Verb
 from bnfinetune.errors import DataError, RecipeError
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import load_recipe, shipped_recipes
@@ -179,7 +180,7 @@ class TestBadInput:
         def fail(arguments):
             raise DataError("data: images/7.png is unreadable")
 
-        monkeypatch.setitem(cli.VERBS, "show", cli.Verb(fail, "", {}))
+        monkeypatch.setitem(cli.VERBS, "show", Verb(fail, "", {}))
         monkeypatch.setenv("RANK", "1")
         assert "torch.distributed" in sys.modules
         assert main(["show"]) == 2
@@ -328,7 +329,7 @@ class TestDispatch:
         def interrupted(arguments):
             raise KeyboardInterrupt
 
-        monkeypatch.setitem(cli.VERBS, "show", cli.Verb(interrupted, "", {}))
+        monkeypatch.setitem(cli.VERBS, "show", Verb(interrupted, "", {}))
         assert main(["show"]) == 130
         assert capfd.readouterr().err == "bnfinetune: interrupted\n"
 
@@ -336,7 +337,7 @@ class TestDispatch:
         def failing(arguments):
             raise RecipeError("first\nsecond\r\nthird")
 
-        monkeypatch.setitem(cli.VERBS, "show", cli.Verb(failing, "", {}))
+        monkeypatch.setitem(cli.VERBS, "show", Verb(failing, "", {}))
         assert main(["show"]) == 2
         assert capfd.readouterr().err == "bnfinetune: error: first second third\n"
 
@@ -344,7 +345,7 @@ class TestDispatch:
         def broken(arguments):
             raise ZeroDivisionError
 
-        monkeypatch.setitem(cli.VERBS, "show", cli.Verb(broken, "", {}))
+        monkeypatch.setitem(cli.VERBS, "show", Verb(broken, "", {}))
         with pytest.raises(ZeroDivisionError):
             main(["show"])
 

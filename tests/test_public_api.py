@@ -16,8 +16,9 @@ SOURCE = ast.parse(Path(bnfinetune.__file__).read_text(encoding="utf-8"))
 
 
 PROMISED = """
-    BNPolicy apply_policy check_bn convert_group_norm convert_sync_bn describe_bn domain find_bn_layers finetune fold_bn
-    freeze_bn fuse_bn get_bn_modules inspect_bn load_policy_state no_stat_updates param_groups policy_state precise_bn
+    BNPolicy StatSnapshot absorb_bn adapt_model apply_policy auto_momentum check_bn convert_frozen_bn convert_group_norm
+    convert_sync_bn describe_bn domain export_domain find_bn_layers finetune fold_bn fold_report freeze_bn fuse_bn
+    get_bn_modules inspect_bn load_policy_state merge_running_stats no_stat_updates param_groups policy_state precise_bn
     register_bn_class restore_bn revert_sync_bn unfold_bn unfreeze_bn update_bn_stats watch_bn
 """
 
@@ -48,7 +49,7 @@ def test_names_are_a_literal_sorted_list_with_one_home_each():
 
 def test_a_type_checker_sees_the_same_names_in_the_same_homes():
     [block] = [node for node in SOURCE.body if isinstance(node, ast.If)]
-    seen = {alias.asname: node.module for node in block.body for alias in node.names}
+    seen = {alias.asname or alias.name: node.module for node in block.body for alias in node.names}
     assert ast.unparse(block.test) == "TYPE_CHECKING"
     assert seen == bnfinetune._HOMES
 
@@ -78,12 +79,20 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_no_module_bears_the_name_of_a_public_function():
-    modules = {module.name for module in pkgutil.iter_modules(bnfinetune.__path__)}
+    modules = {module.name.rpartition(".")[2] for module in pkgutil.walk_packages(bnfinetune.__path__, "bnfinetune.")}
+    assert {"layers", "precise"} <= modules
     assert not modules & set(bnfinetune.__all__)
 
 
+def test_the_core_exports_all_that_is_public_of_it():
+    from bnfinetune import bn
+
+    assert {name for name, home in bnfinetune._HOMES.items() if home.startswith("bnfinetune.bn.")} <= set(bn.__all__)
+    assert bn.__all__ == sorted(bn.__all__)
+
+
 def test_leaves_import_neither_torch_nor_what_stands_above_them():
-    leaves = ["recipe", "recipe_keys", "recipe_text", "recipe_files", "errors", "cli", "cli_help"]
+    leaves = ["recipe", "recipe_keys", "recipe_text", "recipe_files", "errors", "cli", "cli_help", "cli_verbs"]
     code = (
         f"import sys, importlib; [importlib.import_module('bnfinetune.' + name) for name in {leaves}];"
         "print([name for name in sys.modules if name.startswith(('torch', 'timm', 'accelerate', 'datasets', 'numpy', "

@@ -1,11 +1,13 @@
 """The BatchNorm core: one layer with independent switches, usable alone in anybody's training loop."""
 
-from bnfinetune.bn.adapt.methods import Tent, adapt_model
+from bnfinetune.bn.absorb import absorb_bn
+from bnfinetune.bn.adapt import Tent, adapt_model
+from bnfinetune.bn.convert.frozen_batch_norm import convert_frozen_bn
 from bnfinetune.bn.convert.group_norm import GroupNormReport, convert_group_norm
-from bnfinetune.bn.folding.fold import fold_bn, unfold_bn
+from bnfinetune.bn.folding.fold import fold_bn, fold_report, folded, unfold_bn
 from bnfinetune.bn.folding.fuse import fuse_bn
 from bnfinetune.bn.layers import find_bn_layers, register_bn_class
-from bnfinetune.bn.policy.apply import apply_policy, freeze_bn, restore_bn, unfreeze_bn
+from bnfinetune.bn.policy.apply import apply_policy, freeze_bn, frozen, restore_bn, unfreeze_bn
 from bnfinetune.bn.policy.domains import domain, export_domain
 from bnfinetune.bn.policy.saving import load_policy_state, policy_state
 from bnfinetune.bn.policy.spec import BNPolicy, auto_momentum
@@ -23,9 +25,11 @@ __all__ = [
     "PreciseBNReport",
     "StatSnapshot",
     "Tent",
+    "absorb_bn",
     "adapt_model",
     "apply_policy",
     "auto_momentum",
+    "convert_frozen_bn",
     "convert_group_norm",
     "convert_sync_bn",
     "describe_bn",
@@ -33,7 +37,10 @@ __all__ = [
     "export_domain",
     "find_bn_layers",
     "fold_bn",
+    "fold_report",
+    "folded",
     "freeze_bn",
+    "frozen",
     "fuse_bn",
     "get_bn_modules",
     "load_policy_state",

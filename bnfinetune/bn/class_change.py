@@ -8,8 +8,9 @@ accelerate's hooks, is bound anew to whatever the class computes now.
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
@@ -55,6 +56,27 @@ def is_as_made(module: nn.Module) -> bool:
     return _MIXIN in vars(type(module))
 
 
+def input_name(cls: type[nn.Module]) -> str:
+    """The name under which a class takes its input: `input` in torch, `x` in timm."""
+    return list(inspect.signature(cls.forward).parameters)[1]
+
+
+def input_of_call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The one input of a call by position or by name, as the class that was changed would take it.
+
+    Raises:
+        TypeError: it got another argument, none, or several.
+    """
+    if len(args) == 1 and not kwargs:
+        return args[0]
+    for key in kwargs:
+        if key != name:
+            raise TypeError(f"forward() got an unexpected keyword argument {key!r}; the input is named {name!r}")
+    if len(args) + len(kwargs) != 1:
+        raise TypeError(f"forward() takes one input, {name!r}, but {len(args) + len(kwargs)} were given")
+    return kwargs[name]
+
+
 def has_foreign_forward(module: nn.Module) -> bool:
     """Whether a module keeps a `forward` of its own that hides whatever its class computes."""
     kept: Any = vars(module).get("forward")
@@ -85,7 +107,8 @@ def _with_base(cls: type, old: type, new: type) -> type:
     source = vars(cls).get(_SOURCE)
     if source is not None and source.__bases__ == bases and namespace.keys() <= vars(source).keys():
         return source  # type: ignore[no-any-return]
-    return type(cls)(cls.__name__, bases, {**namespace, _SOURCE: cls})
+    name = cls.__name__.replace(old.__name__, new.__name__)  # which others compose of the base's
+    return type(cls)(name, bases, {**namespace, _SOURCE: cls})
 
 
 def _is_overlay(cls: type) -> bool:

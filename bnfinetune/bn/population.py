@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bnfinetune.bn.functional import is_traced
+from bnfinetune.bn.layers import eps_of, is_scripted, require_known
 from bnfinetune.errors import LayerError, StatisticsError
 
 STATS = ("running_mean", "running_var", "num_batches_tracked")
@@ -84,18 +86,26 @@ class Population:
         keys = STATS if domain is None else [domain_key(domain, key) for key in STATS]
         mean, var, batches = (layer._buffers.get(key) for key in keys)
         self.stats = None if mean is None or var is None else RunningStats(mean, var, batches)
-        self.weight: Tensor | None = layer.weight
-        self.bias: Tensor | None = layer.bias
-        if domain is not None:
-            self.weight = getattr(layer, domain_key(domain, "weight"), self.weight)
-            self.bias = getattr(layer, domain_key(domain, "bias"), self.bias)
-        self.eps: float = layer.eps
-        self.momentum: float | None = getattr(layer, "momentum", None)
+        self._affine_keys = AFFINE
+        if domain is not None and domain_key(domain, "weight") in layer._bn_added:
+            self._affine_keys = domain_key(domain, "weight"), domain_key(domain, "bias")
+        self.weight: Tensor | None = getattr(layer, self._affine_keys[0])
+        self.bias: Tensor | None = getattr(layer, self._affine_keys[1], None)
+        self.eps = eps_of(layer, name)
+        self.momentum: float | None = getattr(layer, "momentum", 0.1)  # PyTorch's default
 
     @property
     def affine(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias, each (C,) or None."""
         return self.weight, self.bias
+
+    def hold_affine(self) -> None:
+        """Cuts weight and bias off from what they are computed from; a Parameter says itself whether it learns."""
+        known = self.layer._parameters
+        if self._affine_keys[0] not in known and self.weight is not None and self.weight.requires_grad:
+            self.weight = self.weight.detach()
+        if self._affine_keys[1] not in known and self.bias is not None and self.bias.requires_grad:
+            self.bias = self.bias.detach()
 
     def require_stats(self) -> RunningStats:
         """The running statistics.
@@ -117,6 +127,18 @@ class Population:
             raise StatisticsError(
                 f"BN layer {self.name!r} got one value per channel ({'x'.join(map(str, x.shape))}) to take "
                 f"statistics of; use a larger batch, drop the last incomplete one, or set train_stats='running'"
+            )
+
+    def require_tensor(self, x: Tensor, switch: str) -> None:
+        """Refuses to be traced by `torch.fx`, which sees no numbers to decide by.
+
+        Raises:
+            LayerError: the batch is no tensor but stands for one.
+        """
+        if is_traced(x):
+            raise LayerError(
+                f"BN layer {self.name!r} cannot be traced by torch.fx under {switch}; trace the model in evaluation "
+                "mode with eval_stats='running', with frozen statistics, or use torch.export"
             )
 
     def before_update(self) -> tuple[Tensor, Tensor]:
@@ -145,7 +167,7 @@ class Population:
         self.commit(torch.lerp(stats.mean, mean, weight), torch.lerp(stats.var, var, weight))
 
     def commit(self, mean: Tensor, var: Tensor) -> None:
-        """Writes new running statistics, channel by channel only where they are finite.
+        """Writes new running statistics where they are finite: channel by channel, or for a cumulative average whole.
 
         Nothing is written within `no_stat_updates`, nor while gradient checkpointing computes a forward again.
         """
@@ -154,10 +176,12 @@ class Population:
         stats = self.require_stats()
         # A mean that is not finite always comes with a variance that is not.
         sound = var < torch.inf
+        if self.momentum is None:
+            sound = sound.all()  # an average over all batches counts each of them for all channels or for none
         torch.where(sound, mean, stats.mean, out=stats.mean)
         torch.where(sound, var, stats.var, out=stats.var)
         if stats.batches is not None:
-            stats.batches.add_(sound.all() if self.momentum is None else 1)
+            stats.batches.add_(sound if self.momentum is None else 1)
 
     def renorm_age(self) -> Tensor | None:
         """Updates that renorm's schedule is old, a scalar, on recomputation as it was; None without a schedule.
@@ -181,6 +205,12 @@ class Population:
 
 
 def population_of(layer: nn.Module) -> Population:
-    """The population that a BN layer normalises with now, under a policy or not."""
+    """The population that a BN layer normalises with now, under a policy or not.
+
+    Raises:
+        LayerError: the layer is scripted.
+    """
+    if is_scripted(layer):
+        require_known(layer)
     under_policy = getattr(layer, "_bn_population", None)
     return Population(layer) if under_policy is None else under_policy()

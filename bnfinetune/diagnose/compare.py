@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from bnfinetune.bn.population import population_of
-from bnfinetune.bn.statistics.moments import Moments
-from bnfinetune.bn.statistics.recorder import Rows
+from bnfinetune.bn.statistics.moments import Moments, Rows
+from bnfinetune.bn.statistics.recorder import only_input
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def compare(layer: nn.Module, rows: Rows) -> LayerDrift:
     stats = population_of(layer).stats
     assert stats is not None, "the layer keeps no running statistics"
     stored_mean, stored_var = stats.mean.detach().cpu().double(), stats.var.detach().cpu().double()
-    eps = float(layer.eps)  # type: ignore[arg-type]
+    eps = population_of(layer).eps
     pooled = Moments.pool(rows.counts, rows.means, rows.m2s)
     scale = stored_var.clamp(min=0) + eps
     offset, ratio = pooled.mean - stored_mean, (pooled.var + eps) / scale
@@ -112,7 +112,7 @@ def stored_of(layers: Mapping[str, nn.Module]) -> dict[str, Stored]:
 def moved(layer: nn.Module, before: Stored) -> float:
     """How far a layer's running statistics have moved: as `LayerDrift.drift`, in standard deviations of before."""
     now = stored_of({"": layer})[""]
-    eps = float(layer.eps)  # type: ignore[arg-type]
+    eps = population_of(layer).eps
     scale = before.var.clamp(min=0) + eps
     shift, ratio = (now.mean - before.mean) / scale.sqrt(), (now.var + eps) / scale
     squared = shift.square() + (ratio.sqrt() - 1).square()
@@ -125,7 +125,7 @@ def _variance(rows: Tensor) -> Tensor:
 
 def _importance(layer: nn.Module, channels: int) -> Tensor:
     weight, _ = population_of(layer).affine
-    squares = torch.ones(channels, dtype=torch.float64)
+    squares = torch.ones(channels, dtype=torch.float64, device="cpu")
     if weight is not None and weight.any():
         squares = weight.detach().cpu().double().square()
     return squares / squares.sum()
@@ -155,7 +155,7 @@ class ImageRows:
             values = values.unflatten(0, (self.images, folds)).transpose(1, 2).flatten(2)
         wide = values.to(torch.promote_types(values.dtype, torch.float32))
         var, mean = (t.cpu().double() for t in torch.var_mean(wide, -1, correction=0))
-        counts = torch.full((len(values),), float(values.shape[-1]), dtype=torch.float64)
+        counts = torch.full((len(values),), float(values.shape[-1]), dtype=torch.float64, device="cpu")
         self._rows.setdefault(name, []).append(Rows(counts, mean, var * counts[:, None]))
 
 
@@ -165,7 +165,9 @@ def observing(layers: Mapping[str, nn.Module]) -> Iterator[ImageRows]:
     seen = ImageRows()
 
     def watch(name: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        return layer.register_forward_pre_hook(lambda _, args: seen.add(name, args[0]))
+        return layer.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.add(name, only_input(args, kwargs)), with_kwargs=True
+        )
 
     handles = [watch(name, layer) for name, layer in layers.items()]
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnfinetune.bn.folding.fold import unfolded
-from bnfinetune.bn.layers import Globs, find_bn_layers, native_class, select_layers, unwrap
+from bnfinetune.bn.layers import Selection, find_bn_layers, native_class, select_layers, unwrap
 from bnfinetune.bn.population import population_of
-from bnfinetune.bn.statistics.batches import Feed, device_of, labels_of, model_input
-from bnfinetune.bn.statistics.moments import Moments
+from bnfinetune.bn.statistics.batches import ONLY_FIRST_VIEW, BatchReader, device_of, images_tensor, labels_of
+from bnfinetune.bn.statistics.layer_statistics import require_values
+from bnfinetune.bn.statistics.moments import Moments, Rows
 from bnfinetune.bn.statistics.precise import evaluation_mode
-from bnfinetune.bn.statistics.recorder import Rows, recording
+from bnfinetune.bn.statistics.recorder import drain, recording
 from bnfinetune.diagnose.compare import ImageRows, LayerDrift, compare, drifts, observing
 from bnfinetune.diagnose.drift_report import BATCH_SIZES, FITS, DriftReport, LayerReport, Regime
 from bnfinetune.diagnose.facts import is_untouched
@@ -34,7 +36,8 @@ def inspect_bn(
     data: Iterable[Any],
     *,
     images: int = 256,
-    layers: Globs = "*",
+    layers: Selection = "*",
+    exclude: Selection = (),
     steps: int | None = None,
     causes: int = 5,
     training_images: int | None = None,
@@ -50,7 +53,8 @@ def inspect_bn(
         model: any model with BN layers, under a policy or not, in either mode.
         data: any iterable of batches, as `precise_bn` takes them; labels are used where they come along. Shuffled.
         images: how many images to measure; they are held in memory.
-        layers: globs of the layers to look at.
+        layers: the layers to look at: globs on qualified names, classes or functions of name and layer.
+        exclude: the same, of layers to leave out.
         steps: optimizer updates planned, for the weight that the stored statistics will keep.
         causes: how many of the worst layers to switch one at a time; 0 skips it, stages included.
         training_images: size of the training set; by default that of `data`, if it tells.
@@ -63,15 +67,18 @@ def inspect_bn(
         >>> print(report.verdict)
 
     Raises:
-        SelectionError: the model has no BN layer, or a glob matches none.
+        SelectionError: the model has no BN layer, or a selector matches none.
         StatisticsError: no data, fewer than 2 images, or no layer keeps running statistics.
     """
     net = unwrap(model)
     chosen = {
-        name: layer for name, layer in select_layers(net, layers).items() if population_of(layer).stats is not None
+        name: layer
+        for name, layer in select_layers(net, layers, exclude).items()
+        if population_of(layer).stats is not None
     }
     if not chosen:
         raise StatisticsError("no selected BN layer keeps running statistics; there is nothing to inspect")
+    require_values(chosen, affine=True)
     sample = _read(data, images, device_of(net))
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(net))
@@ -95,7 +102,7 @@ def layer_drifts(model: nn.Module, images: Tensor) -> dict[str, LayerDrift]:
     net = unwrap(model)
     with evaluation_mode(net), unfolded(net):
         layers = {name: layer for name, layer in find_bn_layers(net).items() if population_of(layer).stats is not None}
-        with recording(layers), observing(layers) as seen:
+        with recording(layers, keep=False), observing(layers) as seen:
             seen.images = len(images)
             net(images)
         return drifts(layers, seen)
@@ -111,15 +118,17 @@ class _Sample:
 
 
 def _read(data: Iterable[Any], wanted: int, device: torch.device) -> _Sample:
-    feed, parts, labels, held = Feed(data), [], [], 0
-    while held < wanted and (batch := feed.next_batch()) is not None:
-        found = model_input(batch.data)[: wanted - held]
+    reader, parts, labels, held = BatchReader(data), [], [], 0
+    while held < wanted and (batch := reader.next_batch()) is not None:
+        found = images_tensor(batch.data, "inspect_bn")[: wanted - held]
         marks = labels_of(batch.data)
         parts.append(found.to(device))
         labels.append(None if marks is None else marks[: len(found)].to(device))
         held += len(found)
     if held < 2:
         raise StatisticsError(f"the data holds {held} images; inspect_bn needs 2 or more (a generator reads only once)")
+    if reader.views > 1:
+        warnings.warn(ONLY_FIRST_VIEW.format(views=reader.views), stacklevel=4)
     known = [each for each in labels if each is not None]
     return _Sample(
         torch.cat(parts), torch.cat(known) if len(known) == len(labels) else None, tuple(len(part) for part in parts)
@@ -135,11 +144,11 @@ class _Lab:
 
     def measure(self, steps: int | None, training_images: int | None) -> DriftReport:
         as_evaluated, running = self._observed()
-        with recording(self.layers):
+        with recording(self.layers, keep=False):
             as_trained, _ = self._observed()
         with recording(self.layers) as recorders:
             batch = self._outputs(self.sample.sizes)
-        batches = {name: rows for name, recorder in recorders.items() if (rows := recorder.drain()) is not None}
+        batches = drain(recorders)
         with _statistics(self.layers, as_trained):
             self._reference = self._outputs()
         reports = {
@@ -176,7 +185,7 @@ class _Lab:
         return replace(report, layers=layers, stages=stages)
 
     def _cost_of(self, names: Sequence[str]) -> float:
-        with recording({name: self.layers[name] for name in names}):
+        with recording({name: self.layers[name] for name in names}, keep=False):
             return _cost(self._regime(self._outputs()))
 
     def _observed(self) -> tuple[ImageRows, Tensor]:
@@ -275,8 +284,8 @@ def _channels(layer: Any, rows: Rows) -> dict[str, tuple[int, ...]]:
         size = weight.detach().abs().cpu()
         muted = size < 1e-3 * size.max()
     marks = {
-        "dead": measured < layer.eps,
-        "starved": (stored < layer.eps) & ~damaged,
+        "dead": measured < population.eps,
+        "starved": (stored < population.eps) & ~damaged,
         "muted": muted,
         "damaged": damaged,
     }
@@ -309,10 +318,11 @@ def _batch_noise(layers: Mapping[str, Any], batches: Mapping[str, Rows], sizes: 
 def _spread(layer: Any, rows: Rows) -> float:
     """Root mean square over batches of the weighed distance of their statistics from the pooled ones."""
     pooled = Moments.pool(rows.counts, rows.means, rows.m2s)
-    scale = pooled.var + layer.eps
+    population = population_of(layer)
+    scale = pooled.var + population.eps
     offset = (rows.means - pooled.mean) / scale.sqrt()
-    ratio = ((rows.m2s / rows.counts[:, None] + layer.eps) / scale).sqrt() - 1
-    weight, _ = population_of(layer).affine
+    ratio = ((rows.m2s / rows.counts[:, None] + population.eps) / scale).sqrt() - 1
+    weight, _ = population.affine
     squares = torch.ones_like(scale) if weight is None or not weight.any() else weight.detach().cpu().double().square()
     squared = (offset.square() + ratio.square()) @ (squares / squares.sum())
     return math.sqrt(float(squared.sum()) / (len(squared) - 1))  # the pooled statistics are the batches' own

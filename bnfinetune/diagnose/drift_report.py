@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
+
+from bnfinetune.bn.saved_report import SavedReport, plain
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -89,7 +89,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class DriftReport:
+class DriftReport(SavedReport):
     """The outcome of `inspect_bn`; print it, `save` it as JSON, or give it to `write_page`.
 
     Attributes:
@@ -188,11 +188,7 @@ class DriftReport:
             "clustering": self.clustering,
             "ranked": [layer.name for layer in self.ranked()],
         }
-        return _plain(content)  # type: ignore[no-any-return]
-
-    def save(self, path: str | Path) -> None:
-        """Writes the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        return plain(content, digits=6)  # type: ignore[no-any-return]
 
     def __str__(self) -> str:
         width = max(len("layer"), *(len(name) for name in self.layers))
@@ -238,13 +234,3 @@ def _some(names: Sequence[str]) -> str:
 
 def _hold(names: Sequence[str]) -> str:
     return "holds" if len(names) == 1 else "hold"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value

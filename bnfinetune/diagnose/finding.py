@@ -7,7 +7,9 @@ import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from bnfinetune.bn.saved_report import SavedReport, plain
 
 Severity = Literal["error", "warning", "info"]
 Format = Literal["table", "json", "lines"]
@@ -50,8 +52,8 @@ class Finding:
         return f"{self.code} {self.scope}: {self.title}; {self.measured}"
 
 
-class Findings(list[Finding]):
-    """Findings, the gravest first; prints as a table."""
+class Findings(SavedReport, list[Finding]):
+    """Findings, the gravest first; prints as a table, saves as JSON."""
 
     def __init__(self, findings: Iterable[Finding] = ()) -> None:
         super().__init__(sorted(findings, key=lambda found: (SEVERITIES.index(found.severity), found.code)))
@@ -60,6 +62,13 @@ class Findings(list[Finding]):
     def exit_code(self) -> int:
         """1 if an error is among them, else 0."""
         return int(any(found.severity == "error" for found in self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The findings as dicts, each with its rule's page, and the exit code."""
+        return {
+            "exit_code": self.exit_code,
+            "findings": [plain(asdict(found)) | {"page": found.page} for found in self],
+        }
 
     def __str__(self) -> str:
         return render(self)

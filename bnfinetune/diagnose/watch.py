@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfinetune.bn.folding.fold import unfolded
-from bnfinetune.bn.layers import bn_class, find_bn_layers
+from bnfinetune.bn.layers import bn_class, find_bn_layers, is_scripted, require_known
 from bnfinetune.bn.policy.switched_layer import SwitchedBN
 from bnfinetune.bn.population import population_of, recomputing
 from bnfinetune.bn.statistics.precise import evaluation_mode
@@ -55,6 +54,7 @@ class watch_bn:  # noqa: N801  (a function to its users, as `torch.no_grad` is)
 
     Raises:
         SelectionError: the model has no BN layer, or `ignore` names no rule.
+        LayerError: the model as a whole is scripted.
     """
 
     def __init__(
@@ -101,6 +101,9 @@ class _Watcher:
         # A compiled model calls the inner one through its own code, which no hook on the inner one interrupts.
         self._root = case.model if hasattr(case.model, "_orig_mod") else case.bare
         self._layers = find_bn_layers(case.model)
+        if is_scripted(self._root):  # takes no hooks, unlike a model around a scripted one
+            for name, layer in self._layers.items():
+                require_known(layer, name)
         trained = {id(p) for p in self._bare.parameters() if p.requires_grad}
         affine = {id(p) for layer in self._layers.values() for p in layer.parameters(recurse=False)}
         trace.adapts = bool(trained) and trained <= affine
@@ -114,6 +117,8 @@ class _Watcher:
     def hooks(self, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
         with ExitStack() as handles:
             for name, layer in self._layers.items():
+                if is_scripted(layer):
+                    continue
                 handles.callback(layer.register_forward_pre_hook(self._noting(name)).remove)
             before = self._root.register_forward_pre_hook(self._begin, with_kwargs=True)
             handles.callback(before.remove)
@@ -131,7 +136,7 @@ class _Watcher:
             elif recomputing():
                 calls.recomputed += updates_now(layer, recompute=True)
             elif not torch.is_grad_enabled():
-                calls.silent += layer.momentum is not None and updates_now(layer)
+                calls.silent += updates_now(layer) and layer.momentum is not None
             else:
                 calls.normalised += 1
                 moved = updates_now(layer)
@@ -187,7 +192,7 @@ class _Watcher:
         try:
             with evaluation_mode(self._bare), unfolded(self._bare), _same_draws(images.device):
                 evaluated, by_running = self._again(tracked, len(images))
-                with recording(live):
+                with recording(live, keep=False):
                     trained, by_batch = self._again(live, len(images))
         except Exception as error:  # a model may refuse its training input in evaluation mode in any way
             warnings.warn(
@@ -213,16 +218,9 @@ def updates_now(layer: nn.Module, *, recompute: bool = False) -> bool:
         return False
     if isinstance(layer, SwitchedBN):
         return layer._bn_state.updates and not layer._bn_holds and not recompute
-    cls: Any = type(layer)
     tracked = layer.running_mean is not None and getattr(layer, "track_running_stats", True)
-    return tracked and not _is_still(cls)
-
-
-@cache
-def _is_still(cls: Any) -> bool:
-    """Whether layers of this class never update, as the frozen classes of torchvision and timm."""
-    known = bn_class(cls.__new__(cls))
-    return known is None or known.frozen
+    known = bn_class(layer) if tracked else None
+    return known is not None and not known.frozen
 
 
 def difference(first: Tensor, second: Tensor) -> tuple[float, float | None]:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import bnfinetune.demo
 from bnfinetune.bn import BNPolicy, apply_policy
-from bnfinetune.bn.adapt.methods import adapt_model
+from bnfinetune.bn.adapt import adapt_model
 from tests.bench.pages import DOCS, figure_style, put_table
 from tests.bench.results import record
 

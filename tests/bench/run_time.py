@@ -15,16 +15,19 @@ from typing import Any
 from unittest import mock
 
 import bnfinetune as bnf
-from bnfinetune.training.keeper import Keeper
+from bnfinetune.training import run
+from bnfinetune.training.assembly import Assembly
 from bnfinetune.training.loop.trainer import Trainer
+from bnfinetune.training.measuring.measurer import Measurer
+from bnfinetune.training.pauses import Pauses
 from tests.bench.folders import write_jpegs
 from tests.bench.results import record
 
 TIMED = [
-    (Keeper, "_measure", "evaluation"),
-    (Keeper, "_save_state", "saving"),
-    (Keeper, "_export", "saving"),
-    (Keeper, "_write_page", "report"),
+    (Measurer, "measure", "evaluation"),
+    (Pauses, "save", "saving"),
+    (Assembly, "export", "saving"),
+    (run, "write_report", "report"),
     (Trainer, "fit", "fit"),
 ]
 
@@ -91,7 +94,7 @@ def importing() -> float:
 
 
 @contextmanager
-def timed(owner: type, name: str, spent: dict[str, float], part: str, seen: list[Any] | None) -> Iterator[None]:
+def timed(owner: Any, name: str, spent: dict[str, float], part: str, seen: list[Any] | None) -> Iterator[None]:
     """Within this context the calls of a method are timed, and the instances noted."""
     original: Callable[..., Any] = getattr(owner, name)
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bnfinetune.training.keeper import Keeper
+from bnfinetune.training.pauses import Pauses
 from bnfinetune.training.run import finetune
 
 
@@ -43,14 +43,14 @@ def read(update: int, begin: float) -> Reading:
 def soak(steps: int, workers: int, readings: int = 20) -> list[Reading]:
     """Run `steps` updates and read at every evaluation, of which there are `readings`."""
     found: list[Reading] = []
-    pause, begin = Keeper.pause, time.monotonic()
+    pause, begin = Pauses.__call__, time.monotonic()
 
-    def measured_pause(self: Keeper, *, evaluate: bool) -> None:
+    def measured_pause(self: Pauses, *, evaluate: bool) -> None:
         pause(self, evaluate=evaluate)
         if evaluate:
             found.append(read(self.trainer.progress.update, begin))
 
-    Keeper.pause = measured_pause  # type: ignore[method-assign]
+    Pauses.__call__ = measured_pause  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as folder:
             options = {
@@ -65,7 +65,7 @@ def soak(steps: int, workers: int, readings: int = 20) -> list[Reading]:
             }
             finetune("full", **options)
     finally:
-        Keeper.pause = pause  # type: ignore[method-assign]
+        Pauses.__call__ = pause  # type: ignore[method-assign]
     return found
 
 

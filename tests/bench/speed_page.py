@@ -50,7 +50,7 @@ convolution fold.
 FAMILIES = """\
 ## Which layers fold
 
-Pairs of a convolution and a BN layer are found by what flows in one forward, whatever the network; `fold_report(model)`
+Pairs of a convolution and a BN layer are found by what flows, whatever the network; `fold_report(model)`
 lists them for any. For one network of each timm family with BN, outputs and gradients were compared with those of BN in
 evaluation mode: the largest difference of any output or gradient, relative to its largest value.
 """

@@ -13,9 +13,11 @@ from bnfinetune.bn.absorb import absorb_bn
 from bnfinetune.bn.folding.fold import fold_bn, fold_report
 from bnfinetune.bn.folding.fuse import fuse_bn
 from bnfinetune.errors import LayerError, PolicyError
+from tests.bn.distributed import run_ranks
 from tests.bn.models import BACKBONES, backbone, images, randomise, toy
 
 EXAMPLE = images(1)
+NORMS = pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNormAct2d])
 
 
 @pytest.mark.parametrize("name", [*BACKBONES, "resnetv2_18"])
@@ -81,3 +83,90 @@ def test_errors_name_the_layer():
     bare = freeze_bn(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)))
     with pytest.raises(LayerError, match="'1' has no weight and bias"):
         absorb_bn(bare, EXAMPLE)
+
+
+class Dropping(nn.Module):
+    """Conv, dropout and BN: one function in evaluation, another in training."""
+
+    def __init__(self, norm: type[nn.Module], dropout: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.dropout, self.bn = nn.Conv2d(3, 6, 3), dropout, norm(6)
+
+    def forward(self, x):
+        return self.bn(self.dropout(self.conv(x)))
+
+
+class TrainingNoise(nn.Module):
+    def forward(self, x):
+        return x * (1 + torch.rand_like(x)) if self.training else x
+
+
+@NORMS
+@pytest.mark.parametrize(
+    "dropout", [nn.Dropout(0.5), nn.Dropout2d(0.5), TrainingNoise()], ids=lambda m: type(m).__name__
+)
+def test_what_runs_in_training_alone_is_seen(norm, dropout):
+    plain = freeze_bn(randomise(Dropping(norm, dropout)).double())
+    model = absorb_bn(copy.deepcopy(plain), EXAMPLE)
+    for mode in (True, False):
+        outputs = []
+        for net in (plain, model):
+            torch.manual_seed(2)
+            outputs.append(net.train(mode)(images().double()))
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-10, atol=1e-10)
+
+
+class Tied(nn.Module):
+    """Two pairs; a test says what they share."""
+
+    def __init__(self, norm: type[nn.Module]) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 3), norm(3)
+        self.conv2, self.bn2 = nn.Conv2d(3, 3, 3), norm(3)
+
+    def forward(self, x):
+        return self.bn2(self.conv2(self.bn(self.conv(x))))
+
+
+@NORMS
+def test_convs_that_share_a_weight_keep_it(norm):
+    model = randomise(Tied(norm)).double()
+    model.conv2.weight = model.conv.weight
+    freeze_bn(model)
+    before = copy.deepcopy(model)
+    absorb_bn(model, EXAMPLE)
+    assert model.conv2.weight is model.conv.weight
+    torch.testing.assert_close(model(images().double()), before(images().double()), rtol=1e-10, atol=1e-10)
+
+
+@NORMS
+@pytest.mark.parametrize("key", ["weight", "bias", "running_mean"])
+def test_bn_layers_that_share_what_would_change_are_refused(norm, key):
+    model = randomise(Tied(norm))
+    setattr(model.bn2, key, getattr(model.bn, key))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(LayerError, match=f"'bn' shares its {key} with another module"):
+        absorb_bn(freeze_bn(model), EXAMPLE)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+def ddp_rank(rank: int) -> str:
+    wrapped = nn.parallel.DistributedDataParallel(freeze_bn(toy()))
+    with pytest.raises(PolicyError) as caught:
+        absorb_bn(wrapped, EXAMPLE)
+    return str(caught.value)
+
+
+def test_a_ddp_wrapper_is_refused(tmp_path):
+    assert "DistributedDataParallel" in run_ranks(1, ddp_rank, tmp_path)[0]
+
+
+def test_a_model_that_cannot_train_on_its_example_is_refused():
+    class NeedsTargets(Dropping):
+        def forward(self, x, targets=None):
+            if self.training and targets is None:
+                raise ValueError("no targets")
+            return super().forward(x)
+
+    with pytest.raises(PolicyError, match=r"fails on the example input in training \(ValueError: no targets\)"):
+        absorb_bn(freeze_bn(NeedsTargets(nn.BatchNorm2d, nn.Identity())), EXAMPLE)

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from bnfinetune.training import keeper
+from bnfinetune.training import pauses, run
 from bnfinetune.training.data.loaders import EvalLoader, ImageLoader, TrainLoader
 from bnfinetune.training.loop import trainer as loop
+from bnfinetune.training.measuring import measurer
+from bnfinetune.training.measuring.measurer import Measurer
 from bnfinetune.training.measuring.metrics import Tally
 from bnfinetune.training.run import finetune
-from bnfinetune.training.saving import atomic as folder
-from bnfinetune.training.saving import states as checkpoint
+from bnfinetune.training.saving import atomic, export, states
 
 # A run with a state of every kind: averaged weights, dropout, mixup, accumulation, re-estimated statistics.
 OPTIONS = {
@@ -41,10 +42,10 @@ OPTIONS = {
 
 # What a run is doing, by the calls that it does it in; all the rest is a step.
 PHASES = {
-    "evaluation": [(keeper, "measure")],
-    "re-estimation": [(keeper, "recalibrate")],
-    "saving": [(checkpoint, "write_folder")],
-    "finish": [(keeper.Keeper, "finish")],
+    "evaluation": [(Measurer, "measure")],
+    "re-estimation": [(measurer, "recalibrate")],
+    "saving": [(owner, "write_folder") for owner in (states, export)],
+    "finish": [(run, name) for name in ("measure_best", "write_report")],
 }
 # Whose beginnings and ends are the moments at which a run is killed.
 MOMENTS = [
@@ -54,9 +55,9 @@ MOMENTS = [
     *((os, name) for name in ("fsync", "rename", "replace", "mkdir")),
     (shutil, "rmtree"),
     (torch, "save"),
-    (checkpoint, "save_tensors"),
-    (checkpoint, "save_config_for_hf"),
-    (keeper, "append_line"),
+    *((owner, "save_tensors") for owner in (states, export)),
+    (export, "save_config_for_hf"),
+    (pauses, "append_line"),
 ]
 
 
@@ -125,15 +126,15 @@ def train_until(kill: Kill | None, options: dict[str, Any]) -> None:
 _FREE = tuple(f"  {key}:" for key in ("dir", "resume", "keep", "every_steps", "every_minutes"))  # of a recipe
 
 
-def outcome(run: Path) -> dict[str, Any]:
+def outcome(folder: Path) -> dict[str, Any]:
     """All that a finished run left behind and that no clock has a part in, by name."""
-    found: dict[str, Any] = {"metrics.jsonl": (run / "metrics.jsonl").read_text()}
-    summary = json.loads((run / "summary.json").read_text())
+    found: dict[str, Any] = {"metrics.jsonl": (folder / "metrics.jsonl").read_text()}
+    summary = json.loads((folder / "summary.json").read_text())
     for timed in ("seconds", "data_wait", "images_per_second", "peak_memory_bytes"):
         del summary[timed]
     found["summary.json"] = summary
-    found["states"] = sorted(path.name for path in (run / "checkpoints").iterdir())
-    for part in (run / "best", max((run / "checkpoints").iterdir())):
+    found["states"] = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    for part in (folder / "best", max((folder / "checkpoints").iterdir())):
         for path in part.iterdir():
             if path.suffix == ".safetensors":
                 found[f"{part.name}/{path.name}"] = load_file(str(path))
@@ -141,7 +142,7 @@ def outcome(run: Path) -> dict[str, Any]:
                 found[f"{part.name}/{path.name}"] = torch.load(path, weights_only=True)
                 for timed in ("seconds", "waiting"):
                     del found[f"{part.name}/{path.name}"]["progress"][timed]
-            elif path.name != folder.MANIFEST:
+            elif path.name != atomic.MANIFEST:
                 lines = path.read_text().splitlines()
                 found[f"{part.name}/{path.name}"] = [line for line in lines if not line.startswith(_FREE)]
     return found

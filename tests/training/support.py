@@ -11,6 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bnfinetune.bn.layers import find_bn_layers
+from bnfinetune.training import run
+from bnfinetune.training.ending import Best
 from bnfinetune.training.loop.trainer import Trainer
 
 CLASSES = ("blue", "green", "red")
@@ -74,3 +76,20 @@ def broken_off(monkeypatch, update: int):
         patch.setattr(Trainer, "_update", interrupted)
         with pytest.raises(KeyboardInterrupt):
             yield
+
+
+def before_ending(action):
+    """From now on in this process, `action` gets the trainer of a run before its best network is read from disk."""
+    measure_best = run.measure_best
+
+    def ending(setup, *others):
+        action(setup.trainer)
+        return measure_best(setup, *others)
+
+    run.measure_best = ending
+
+
+def leave_out_ending(patch=setattr):
+    """Runs end without measuring their best network and without a report."""
+    patch(run, "measure_best", lambda *_: Best(None, {}, None, None, {}))
+    patch(run, "write_report", lambda *_: None)

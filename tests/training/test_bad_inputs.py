@@ -183,7 +183,12 @@ CASES: dict[str, Case] = {
         {},
     ),
     # models
-    "unknown model": (nothing, TRAIN.replace("test_resnet", "resnet81"), "timm knows no model 'resnet81'; nearest", {}),
+    "unknown model": (
+        nothing,
+        TRAIN.replace("test_resnet", "resnet81"),
+        "timm knows no model 'resnet81'; did you mean",
+        {},
+    ),
     "empty local folder": (nothing, f"{TRAIN} model.name=local-dir:images", "no config.json in images", {}),
     "payload as local folder": (
         both(

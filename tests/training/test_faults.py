@@ -17,9 +17,9 @@ from torch import nn
 
 from bnfinetune.cli import main
 from bnfinetune.errors import CheckpointError
-from bnfinetune.training.saving import states as checkpoint
+from bnfinetune.training.saving import export
 from bnfinetune.training.saving.atomic import complete_folder, write_folder
-from bnfinetune.training.saving.states import StateStore, load_state
+from bnfinetune.training.saving.states import StateStore, load_networks, read_state
 from tests.training.support import write_images
 
 # All that the writing of a state asks of the system; torch and safetensors write their files by themselves.
@@ -27,7 +27,7 @@ CALLS = [
     *((os, name) for name in ("open", "mkdir", "rename", "replace", "fsync", "unlink", "rmdir")),
     (io, "open"),
     (torch, "save"),
-    (checkpoint, "save_file"),
+    (export, "save_file"),
 ]
 
 
@@ -105,7 +105,9 @@ def save(store, update):
 def assert_newest_is_one_of(store, updates):
     state, _ = store.newest()
     loaded = {"model": network(0)}
-    update = load_state(state, loaded)["progress"]["update"]
+    saved = read_state(state, loaded)
+    load_networks(state, saved, loaded)
+    update = saved["progress"]["update"]
     assert update in updates
     for key, value in NETWORKS[update].state_dict().items():
         assert torch.equal(value, loaded["model"].state_dict()[key])
@@ -248,4 +250,4 @@ def test_a_run_that_cannot_write_ends_in_one_line(limit, what, ranks, nursery, t
 
 
 def test_save_file_is_what_writes_weights():
-    assert checkpoint.save_file is safetensors.torch.save_file
+    assert export.save_file is safetensors.torch.save_file

@@ -10,8 +10,7 @@ import torch.multiprocessing as mp
 
 import bnfinetune as bnf
 from bnfinetune.errors import BackboneError, CheckpointError, DataError, SelectionError
-from bnfinetune.training.keeper import Keeper
-from tests.training.support import CLASSES, bn_keys, broken_off, exported, write_images, write_weights
+from tests.training.support import CLASSES, before_ending, bn_keys, broken_off, exported, write_images, write_weights
 
 # which groups of tensors a recipe leaves bit-identical, and which it changes
 FIXED = {
@@ -78,8 +77,8 @@ def test_the_run_folder_holds_everything(images, tmp_path):
     result = bnf.finetune("freeze_bn", **settings(images, tmp_path / "run", **{"run.report": True}))
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
-        "recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "curves.png", "confusion.png", "best",
-        "checkpoints", "report.html", "report.json",
+        "recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "run.log", "best", "checkpoints",
+        "report.html", "report.json",
     }  # fmt: skip
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["peak_memory_bytes"] > 1e7
@@ -171,7 +170,7 @@ def test_early_stopping_stops(images, tmp_path):
     [
         ("freeze_bn", {"model.name": "vit_tiny_patch16_224", "model.pretrained": False}, SelectionError,
          r"no BatchNorm layer in .*LayerNorm"),
-        ("freeze_bn", {"model.name": "resnet81"}, BackboneError, "no model 'resnet81'; nearest: resnet"),
+        ("freeze_bn", {"model.name": "resnet81"}, BackboneError, "no model 'resnet81'; did you mean resnet"),
         ("freeze_bn", {"model.name": "resnet18"}, BackboneError, "could not be fetched.*model.pretrained=false"),
         ("freeze_bn", {"model.name": "hf-hub:nobody/nothing"}, BackboneError, "could not be fetched"),
         ("freeze_bn", {"model.name": "local-dir:nowhere"}, BackboneError, "no config.json in nowhere"),
@@ -195,14 +194,8 @@ def run_rank(rank, world, port, images, folder):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")  # fmt: skip
     torch.set_num_threads(1)
-    finish = Keeper.finish
-
-    def record_live_network(self):
-        # what training ended with on this rank, before the best network is read from disk
-        torch.save(self.trainer.model.state_dict(), folder / f"{self.trainer.recipe.name}-{rank}.pt")
-        return finish(self)
-
-    Keeper.finish = record_live_network
+    # what training ended with on this rank
+    before_ending(lambda trainer: torch.save(trainer.model.state_dict(), folder / f"{trainer.recipe.name}-{rank}.pt"))
     for recipe in ("full", "freeze_bn", "freeze_stats", "bn_only"):
         options = {"model.name": "resnet18", "model.checkpoint": folder / "start.safetensors", "train.epochs": 2}
         result = bnf.finetune(recipe, **settings(images, folder / recipe, **options))

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import bnfinetune as bnf
 from bnfinetune.errors import DataError, RecipeError
-from bnfinetune.training.keeper import Keeper
 from bnfinetune.training.measuring.measure import load_exported
-from tests.training.support import bn_keys, broken_off, exported, write_images, write_weights
+from tests.training.support import before_ending, bn_keys, broken_off, exported, write_images, write_weights
 from tests.training.test_run import last_weights, settings
 
 
@@ -245,14 +244,8 @@ def run_rank(rank, world, port, images, folder):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")  # fmt: skip
     torch.set_num_threads(1)
-    finish = Keeper.finish
-
-    def record_live_network(self):
-        # what training ended with on this rank, before the best network is read from disk
-        torch.save(self.trainer.model.state_dict(), folder / f"{self.trainer.recipe.name}-{rank}.pt")
-        return finish(self)
-
-    Keeper.finish = record_live_network
+    # what training ended with on this rank
+    before_ending(lambda trainer: torch.save(trainer.model.state_dict(), folder / f"{trainer.recipe.name}-{rank}.pt"))
     runs = {"freeze_tail": {"bn.freeze_after": 0.5}, "precise_bn": {}, "sync_bn": {}}
     for recipe, options in runs.items():
         options |= {"model.name": "resnet18", "model.checkpoint": folder / "start.safetensors", "train.epochs": 2}

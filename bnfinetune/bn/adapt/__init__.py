@@ -1,1 +1,6 @@
 """Test-time adaptation: trained models made to fit unlabelled data of another domain."""
+
+from bnfinetune.bn.adapt.methods import ADAPTATIONS, adapt_model
+from bnfinetune.bn.adapt.tent import Tent
+
+__all__ = ["ADAPTATIONS", "Tent", "adapt_model"]

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from bnfinetune.bn.folding.keeper import Keeper
 from bnfinetune.bn.functional import along, normalise_by_fixed
-from bnfinetune.bn.layers import native_class
+from bnfinetune.bn.layers import eps_of, native_class
 from bnfinetune.bn.population import population_of
 from bnfinetune.errors import LayerError
 
@@ -69,7 +70,7 @@ def normaliser(bn: nn.Module, wide: torch.dtype) -> Normaliser:
     if stats is None:
         raise LayerError(f"a folded {native_class(bn).__name__} has lost its running statistics; set them again")
     mean, var = (tensor.to(wide, copy=True) for tensor in stats[:2])
-    return Normaliser(mean, var, -mean, (var + cast(float, bn.eps)).rsqrt())
+    return Normaliser(mean, var, -mean, (var + eps_of(bn)).rsqrt())
 
 
 def fold_with(parameters: PairParameters, fixed: Normaliser, axis: int) -> tuple[Tensor, Tensor]:
@@ -120,13 +121,41 @@ def widest_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
-def run_with(conv: nn.Module, weight: Tensor, bias: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def compute_as_one(
+    conv: nn.Module, bn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], keeper: Keeper | None = None
+) -> Tensor:
+    """What a BN layer of fixed statistics makes of a conv's output, without its tail: (N, O, ...).
+
+    Where the conv has fewer outputs than weights, as late in a network or with few images, the two layers run one after
+    the other: that is less memory traffic, and what is kept, if g trains, are these few outputs.
+
+    Args:
+        conv: the conv.
+        bn: the BN layer.
+        args: what the conv gets, the first (N, I, ...).
+        kwargs: its named arguments.
+        keeper: keeps what can be kept for the next forward; None to compute all anew.
+    """
+    parameters = parameters_of(conv, bn)
+    learned = [tensor for tensor in parameters if tensor is not None]
+    if keeper is not None and not any(tensor.requires_grad for tensor in learned):
+        folded = keeper.keep(conv, bn, learned, None, lambda: fold_parameters(conv, bn))
+        return run_with(conv, *folded, *args, **kwargs)
+    wide = parameters.wide
+    fixed = normaliser(bn, wide) if keeper is None else keeper.keep(bn, bn, [], wide, lambda: normaliser(bn, wide))
+    if has_fewer_outputs(conv, *args, *kwargs.values()):
+        z = run_with(conv, parameters.weight, parameters.bias, *args, **kwargs)
+        return normalise_outputs(z, parameters, fixed, eps_of(bn))
+    return run_with(conv, *fold_with(parameters, fixed, channel_axis(conv)), *args, **kwargs)
+
+
+def run_with(conv: nn.Module, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
     """Runs the forward of a conv's own class with another weight and bias, leaving the conv as it is."""
     native: Any = native_class(conv)
     if native.forward in _FORWARDS:
         return cast(Tensor, native._conv_forward(conv, *args, *kwargs.values(), weight, bias))
     stand_in = object.__new__(native)
-    vars(stand_in).update(vars(conv))
+    vars(stand_in).update({key: value for key, value in vars(conv).items() if key not in ("weight", "bias")})
     vars(stand_in)["_parameters"] = {**conv._parameters, "weight": weight, "bias": bias}
     return cast(Tensor, native.forward(stand_in, *args, **kwargs))
 

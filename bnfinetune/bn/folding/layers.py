@@ -1,200 +1,130 @@
-"""Convs that also do what the frozen BN layers behind them did.
+"""Convs and BN layers of frozen statistics that are computed as one where one hands itself to the other.
 
-Both layers are taken over in place, as in switches.py: the conv's class becomes a subclass of its own that folds, with
-parameters computed anew in each forward, and the BN layer's one that only applies what follows normalising.
+Both layers are changed in place. The conv gives the promise of its output instead of computing it; the BN layer, when
+it gets such a promise untouched, runs the conv with folded parameters. In every other case each does what it did
+unfolded, so that nothing rests on which layers were seen to feed which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks_of_all_modules
 
-from bnfinetune.bn.folding.arithmetic import (
-    Normaliser,
-    channel_axis,
-    fold_parameters,
-    fold_with,
-    has_fewer_outputs,
-    normalise_outputs,
-    normaliser,
-    parameters_of,
-    run_with,
-)
-from bnfinetune.bn.layers import BNClass, Tail, native_class, require_known
-from bnfinetune.bn.policy.switched_layer import SwitchedBN, _blank_layer, change_listeners, switches_of
-from bnfinetune.bn.population import population_of
+from bnfinetune.bn.class_change import is_as_made, make_class, put_on, take_off
+from bnfinetune.bn.folding.arithmetic import compute_as_one
+from bnfinetune.bn.folding.deferred import can_defer, defer, settled, untouched
+from bnfinetune.bn.folding.keeper import Keeper
+from bnfinetune.bn.layers import BNClass, Tail, class_for_pickle, class_from_pickle, require_known
+from bnfinetune.bn.policy.switched_layer import SwitchedBN, blank_layer, change_listeners, switches_of
+from bnfinetune.errors import LayerError
 
 
-class _Kept:
-    """Tensors together with what they were computed from, to see whether that has changed since."""
-
-    def __init__(self, sources: list[Tensor], setting: tuple[Any, ...], made: tuple[Tensor, ...]) -> None:
-        self.sources = [(tensor, tensor._version, tensor.data_ptr()) for tensor in sources]
-        self.setting = setting
-        self.made = made
-
-    def holds_for(self, sources: list[Tensor], setting: tuple[Any, ...]) -> bool:
-        return (
-            setting == self.setting
-            and len(sources) == len(self.sources)
-            and all(
-                now is then and now._version == version and now.data_ptr() == address
-                for now, (then, version, address) in zip(sources, self.sources, strict=True)
-            )
-        )
-
-
-@dataclass
-class Fold:
-    """What a conv that folds knows besides its own parameters.
-
-    Attributes:
-        bn: the BN layer that it has taken in, not registered as a submodule.
-        kept: the folded parameters where neither layer trains, else what the statistics say; no copy of the conv
-            takes them along.
-    """
-
-    bn: nn.Module
-    kept: _Kept | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"bn": self.bn, "kept": None}
-
-    def convolve(self, conv: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Runs the conv with folded parameters: the kept ones if neither layer trains and nothing has changed.
-
-        Where the conv has fewer outputs than weights, as late in a network or with few images, the two layers run one
-        after the other: that is less memory traffic, and what is kept, if g trains, are these few outputs.
-        """
-        bn = self.bn
-        if _traced():
-            return run_with(conv, *fold_parameters(conv, bn), *args, **kwargs)
-        parameters = parameters_of(conv, bn)
-        learned = [tensor for tensor in parameters if tensor is not None]
-        if not any(tensor.requires_grad for tensor in learned):
-            return run_with(conv, *self._keep(None, learned, lambda: fold_parameters(conv, bn)), *args, **kwargs)
-        wide = parameters.wide
-        fixed = Normaliser(*self._keep(wide, [], lambda: normaliser(bn, wide)))
-        if has_fewer_outputs(conv, *args, *kwargs.values()):
-            z = cast(Any, native_class(conv)).forward(conv, *args, **kwargs)
-            return normalise_outputs(z, parameters, fixed, cast(float, bn.eps))
-        return run_with(conv, *fold_with(parameters, fixed, channel_axis(conv)), *args, **kwargs)
-
-    def _keep(
-        self, dtype: torch.dtype | None, learned: list[Tensor], make: Callable[[], tuple[Tensor, ...]]
-    ) -> tuple[Tensor, ...]:
-        """What `make` computes from the statistics and from what was learned, kept until one of these changes."""
-        sources = [*learned, *(population_of(self.bn).stats or ())[:2]]
-        if any(tensor.is_inference() for tensor in sources):
-            return make()
-        setting = (dtype, self.bn.eps)
-        if self.kept is None or not self.kept.holds_for(sources, setting):
-            # Inference tensors could not be used in a later forward that trains.
-            with torch.inference_mode(False), torch.no_grad():
-                self.kept = _Kept(sources, setting, make())
-        return self.kept.made
-
-
-def _traced() -> bool:
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
-class _ForgetsFolds(nn.Module):
-    """Drops kept parameters wherever values may change without leaving a trace in a tensor's version."""
-
-    def _folds(self) -> list[Fold]:
-        raise NotImplementedError
-
-    def _forget(self) -> None:
-        for fold in self._folds():
-            fold.kept = None
-
-    def train(self, mode: bool = True) -> Any:
-        self._forget()
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._forget()
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._forget()
-        super()._load_from_state_dict(*args, **kwargs)
-
-
-class FoldedConv(_ForgetsFolds):
+class FoldedConv(nn.Module):
     """Mixed into a conv's class by `fold_pair`; never built by itself."""
 
     _native_class: ClassVar[type[nn.Module]]
-    _fold: Fold
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self._fold.convolve(self, *args, **kwargs)
-
-    def _folds(self) -> list[Fold]:
-        return [self._fold]
+        compute = super().forward
+        # Without gradient in training it may run within an autograd function, as of reentrant checkpointing, which
+        # cannot give a promise away; whoever watches the conv, or offloads its weights after it ran, wants the output.
+        if (self.training and not torch.is_grad_enabled()) or is_watched(self) or not can_defer(*args):
+            return cast(Tensor, compute(*args, **kwargs))
+        return defer(self, compute, args, kwargs)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, with its BN layer folded in"
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _blank_conv, (self._native_class,), cast(Any, super().__reduce_ex__(protocol))[2]
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state: Any = super().__reduce_ex__(protocol)
+        return (_blank_conv, (self._native_class,), state[2]) if is_as_made(self) else state
 
 
-class FoldedBN(_ForgetsFolds):
-    """Mixed into a BN layer's class by `fold_pair`: the conv has normalised, what is left is the layer's tail."""
+class FoldedBN(nn.Module):
+    """Mixed into a BN layer's class by `fold_pair`: takes the conv before it in, or else normalises as ever."""
 
     _native_class: ClassVar[type[nn.Module]]
-    _bn_tail: ClassVar[Tail]
-    _fold_convs: tuple[FoldedConv, ...]
+    _fold_tail: ClassVar[Tail]
+    _fold_convs: tuple[nn.Module, ...]
+    _fold_keeper: Keeper | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return type(self)._bn_tail(self, x)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_watched(self) or self._forward_pre_hooks:
+            args, kwargs = settled(args), settled(kwargs)
+        return super().__call__(*args, **kwargs)
 
-    def _folds(self) -> list[Fold]:
-        return [conv._fold for conv in self._fold_convs]
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        promise = untouched(args[0]) if len(args) == 1 else None
+        if promise is not None and _fits(promise._conv, self, promise._args[0]):
+            y = compute_as_one(promise._conv, self, promise._args, promise._kwargs, self._fold_keeper)
+            return type(self)._fold_tail(self, y)
+        args, kwargs = settled(args), settled(kwargs)
+        if args and isinstance(args[0], Tensor) and args[0].is_meta and not self.running_mean.is_meta:
+            raise LayerError(
+                f"a folded {self._native_class.__name__} got what something else has made of its conv's output before "
+                "that was computed, by other means than PyTorch's operators; call unfold_bn(model)"
+            )
+        return cast(Tensor, super().forward(*args, **kwargs))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, folded"
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        state = cast(Any, super().__reduce_ex__(protocol))[2]
-        return _blank_bn, (self._native_class, isinstance(self, SwitchedBN)), state
+    def __getstate__(self) -> Any:
+        return {key: value for key, value in vars(self).items() if key != "_fold_keeper"}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state: Any = super().__reduce_ex__(protocol)
+        if not is_as_made(self):
+            return state
+        return _blank_bn, (*class_for_pickle(self), isinstance(self, SwitchedBN)), state[2]
+
+
+def is_watched(layer: nn.Module) -> bool:
+    """Whether somebody sees what a layer gives, or how it comes about: hooks, or a `forward` kept on the layer."""
+    seen = layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks or "forward" in vars(layer)
+    return bool(seen) or bool(
+        hooks_of_all_modules._global_forward_hooks
+        or hooks_of_all_modules._global_backward_hooks
+        or hooks_of_all_modules._global_backward_pre_hooks
+    )
+
+
+def _fits(conv: Any, bn: Any, x: Tensor) -> bool:
+    """Whether the channels that a BN layer normalises are the outputs of a conv of a batch x."""
+    channels = conv.out_features if isinstance(conv, nn.Linear) else conv.out_channels
+    return x.ndim == conv.weight.ndim and len(bn.running_mean) == channels
 
 
 @cache
-def _folded_conv_class(native: Any) -> type[FoldedConv]:
-    members = {"__module__": native.__module__, "_native_class": native}  # torch.fx takes those of torch.nn for leaves
-    return cast(type[FoldedConv], type(f"Folded{native.__name__}", (FoldedConv, native), members))
+def _folded_conv_class(native: Any) -> type:
+    return make_class(f"Folded{native.__name__}", FoldedConv, native, _native_class=native)
 
 
 @cache
-def _folded_bn_class(cls: Any, known: BNClass) -> type[FoldedBN]:
+def _folded_bn_class(cls: Any, tail: Tail) -> type:
     native = getattr(cls, "_native_class", cls)
-    members = {"__module__": cls.__module__, "_native_class": native, "_bn_tail": staticmethod(known.tail)}
-    return cast(type[FoldedBN], type(f"Folded{cls.__name__}", (FoldedBN, cls), members))
-
-
-def _become(layer: Any, folded_class: Callable[..., type], *known: BNClass) -> None:
-    present: Any = type(layer)
-    layer.__class__ = folded_class(present, *known)
+    return make_class(f"Folded{cls.__name__}", FoldedBN, cls, _native_class=native, _fold_tail=staticmethod(tail))
 
 
 def _blank_conv(native: Any) -> nn.Module:
     conv: nn.Module = native.__new__(native)
-    conv.__class__ = _folded_conv_class(native)
+    put_on(conv, _folded_conv_class)
     return conv
 
 
-def _blank_bn(native: Any, switched: bool) -> nn.Module:
-    layer = _blank_layer(native) if switched else native.__new__(native)
-    _become(layer, _folded_bn_class, require_known(layer))
-    return cast(nn.Module, layer)
+def _blank_bn(native: Any, known: BNClass | None, switched: bool) -> nn.Module:
+    layer = blank_layer(native, known) if switched else cast(nn.Module, native.__new__(native))
+    _fold_layer(layer, class_from_pickle(native, known).tail)
+    return layer
+
+
+def _fold_layer(layer: nn.Module, tail: Tail) -> None:
+    put_on(layer, lambda cls: _folded_bn_class(cls, tail))
 
 
 def is_foldable(bn: nn.Module) -> bool:
@@ -207,13 +137,14 @@ def is_foldable(bn: nn.Module) -> bool:
     return switches._replace(affine="") == ("running", "none", "", "running")
 
 
-def fold_pair(bn: Any, convs: tuple[Any, ...]) -> None:
-    """Lets convs take a BN layer in, in place; every input of the layer must come from one of them."""
+def fold_pair(bn: Any, convs: tuple[Any, ...], keeper: Keeper | None = None) -> None:
+    """Lets a BN layer take in the convs before it, in place; with a keeper, folded parameters are kept."""
     for conv in convs:
-        conv._fold = Fold(bn)
-        _become(conv, _folded_conv_class)
+        if not isinstance(conv, FoldedConv):
+            put_on(conv, _folded_conv_class)
     bn._fold_convs = convs
-    _become(bn, _folded_bn_class, require_known(bn))
+    _fold_layer(bn, require_known(bn).tail)
+    keep_folded(bn, keeper)
 
 
 def unfold_layer(bn: Any) -> tuple[nn.Module, ...]:
@@ -222,12 +153,26 @@ def unfold_layer(bn: Any) -> tuple[nn.Module, ...]:
     if not isinstance(bn, FoldedBN):
         return ()
     convs = bn._fold_convs
-    for layer in (*convs, bn):
-        layer.__class__ = type(layer).__bases__[-1]
     for conv in convs:
-        del conv._fold
+        unfold_conv(conv)
+    take_off(bn, FoldedBN)
     del bn._fold_convs
+    vars(bn).pop("_fold_keeper", None)
     return convs
+
+
+def keep_folded(bn: nn.Module, keeper: Keeper | None) -> None:
+    """Gives a folded layer a keeper of its folded parameters, or takes it away."""
+    if keeper is None:
+        vars(bn).pop("_fold_keeper", None)
+    elif isinstance(bn, FoldedBN):
+        vars(bn)["_fold_keeper"] = keeper
+
+
+def unfold_conv(conv: nn.Module) -> None:
+    """Lets a conv compute its output at once again."""
+    if isinstance(conv, FoldedConv):
+        take_off(conv, FoldedConv)
 
 
 def _unfold_before_change(_: nn.Module, layers: Iterable[nn.Module]) -> None:

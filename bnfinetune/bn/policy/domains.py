@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from bnfinetune.bn.layers import find_bn_layers, unwrap
-from bnfinetune.bn.policy.apply import apply_policy, restore_bn
-from bnfinetune.bn.policy.spec import BNPolicy
+from bnfinetune.bn.policy.added import added_tensors
+from bnfinetune.bn.policy.apply import restore_bn
 from bnfinetune.bn.policy.switched_layer import state_of
-from bnfinetune.bn.population import domain_key
+from bnfinetune.bn.population import AFFINE, STATS, domain_key
 from bnfinetune.errors import SelectionError
 
 
@@ -22,20 +22,20 @@ from bnfinetune.errors import SelectionError
 def domain(model: nn.Module, name: str | None) -> Iterator[nn.Module]:
     """Within this context, BN layers use and update the statistics of one domain, in either mode.
 
-    Domains are declared by `BNPolicy(domains=..., domain_affine=...)`. On a model without any, the first use of a
-    name declares it for every BN layer, with shared affine, starting from the layers' present statistics. With
-    gradient checkpointing, run the backward of one domain before the forward of the next.
+    Domains are declared by `BNPolicy(domains=..., domain_affine=...)`. With gradient checkpointing, run the backward of
+    one domain before the forward of the next.
 
     Args:
         model: any module with BN layers, wrapped or not.
         name: a domain; None for the layers' own statistics, as outside of any context.
 
     Example:
+        >>> apply_policy(model, BNPolicy(domains="target"))
         >>> with domain(model, "target"):
         ...     loss = loss_fn(model(target_images), target_labels)
 
     Raises:
-        SelectionError: domains have been declared, but none of this name.
+        SelectionError: no domain of this name has been declared.
     """
     layers = _layers_of_domain(model, name)
     before = [(layer, layer._bn_domain) for layer in layers]
@@ -54,11 +54,8 @@ def _layers_of_domain(model: nn.Module, name: str | None) -> list[Any]:
     if name is None:
         return [layer for layer in layers if state_of(layer)]
     declared = {known for layer in layers if (state := state_of(layer)) for known in state.options.domains}
-    if not declared:
-        apply_policy(model, BNPolicy(domains=name))
-        return layers
     if name not in declared:
-        known = ", ".join(sorted(declared))
+        known = ", ".join(sorted(declared)) or "none"
         raise SelectionError(f"no domain {name!r}; declared are {known}; add it by BNPolicy(domains={name!r})")
     return [layer for layer in layers if (state := state_of(layer)) and name in state.options.domains]
 
@@ -82,8 +79,8 @@ def export_domain(model: nn.Module, name: str) -> nn.Module:
     plain = copy.deepcopy(unwrap(model))
     with torch.no_grad():
         for layer in find_bn_layers(plain).values():
-            for key in ("running_mean", "running_var", "num_batches_tracked", "weight", "bias"):
-                own = getattr(layer, domain_key(name, key), None)
-                if own is not None:
-                    getattr(layer, key).copy_(own)
+            added = added_tensors(layer)
+            for key in (*STATS, *AFFINE):
+                if domain_key(name, key) in added:
+                    getattr(layer, key).copy_(added[domain_key(name, key)])
     return restore_bn(plain)

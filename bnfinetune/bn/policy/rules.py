@@ -2,20 +2,21 @@
 
 A rule takes a layer's population, the options of its policy and a batch (N, C, ...), normalises the batch, applies
 weight and bias, and in training brings the running statistics up to date. Every rule reads the running statistics from
-before its own update.
+before its own update. Where `torch.fx` traces a model the batch is no tensor yet; a rule then records one fused step,
+or refuses.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnfinetune.bn.functional import batch_moments, normalise_by_fixed, normalise_with, pooled_moments
+from bnfinetune.bn.functional import batch_moments, is_traced, normalise_by_fixed, normalise_with, pooled_moments
 from bnfinetune.bn.policy.state import Options
 from bnfinetune.bn.population import Population
 
@@ -24,8 +25,21 @@ Rule = Callable[[Population, Options, Tensor], Tensor]
 
 def normalise_by_batch(population: Population, options: Options, x: Tensor) -> Tensor:
     """Plain BN in training (Ioffe & Szegedy 2015): `xhat = (x - m_B) / sqrt(v_B + e)`."""
+    if is_traced(x):
+        return _trace_by_batch(population, x)
     population.require_many(x)
     return _normalise_in_parts(population, [x])
+
+
+def _trace_by_batch(population: Population, x: Tensor) -> Tensor:
+    """What `torch.fx` records of `normalise_by_batch`: the fused step that plain BN takes, its update included."""
+    stats = population.stats
+    if stats is None or not population.updates:
+        return F.batch_norm(x, None, None, *population.affine, True, 0.0, population.eps)
+    if population.momentum is None:
+        population.require_tensor(x, "update_stats='cumulative'")
+    momentum = cast(float, population.momentum)
+    return F.batch_norm(x, stats.mean, stats.var, *population.affine, True, momentum, population.eps)
 
 
 def normalise_by_ghosts(population: Population, options: Options, x: Tensor) -> Tensor:
@@ -35,6 +49,7 @@ def normalise_by_ghosts(population: Population, options: Options, x: Tensor) -> 
     batch. The remainder is a group of its own, unless it would hold one value per channel: then it joins the last.
     """
     size = options.ghost_size
+    population.require_tensor(x, "train_stats='ghost'")
     population.require_many(x)
     population.require_many(x[:size])
     whole, rest = divmod(x.shape[0], size)
@@ -74,6 +89,7 @@ def normalise_by_running(population: Population, options: Options, x: Tensor) ->
     stats = population.require_stats()
     weight, bias = population.affine
     if population.updates:
+        population.require_tensor(x, "train_stats='running' with an update")
         mean, var = population.before_update()
         population.update(*_unbiased(*batch_moments(x.detach()), x.numel() // x.shape[1]))
     else:
@@ -87,6 +103,7 @@ def normalise_by_ranks(population: Population, options: Options, x: Tensor) -> T
     if group is None:
         return normalise_by_batch(population, options, x)
     stats = population.stats
+    population.require_tensor(x, "train_stats='sync'")
     weight, bias = population.affine
     mean, var, total = pooled_moments(*batch_moments(x), x.numel() // max(x.shape[1], 1), group)
     if stats is not None and population.updates:
@@ -100,11 +117,12 @@ def renormalise(population: Population, options: Options, x: Tensor) -> Tensor:
     `r = clip(s_B / s, 1/rmax, rmax)` and `d = clip((m_B - m) / s, -dmax, dmax)` carry no gradient. The bounds are
     (1, 0), plain BN, for `renorm_warmup` updates, and then grow linearly to (rmax, dmax) over `renorm_ramp` updates.
     """
+    population.require_tensor(x, "train_stats='renorm'")
     population.require_many(x)
     weight, bias = population.affine
     mean, var = population.before_update()
     with torch.no_grad():
-        batch_mean, batch_var = batch_moments(x)
+        batch_mean, batch_var = batch_moments(x.detach())  # forward mode heeds the second alone
         rmax, dmax = _renorm_bounds(population, options)
         std = (var + population.eps).sqrt()
         r = torch.clamp((batch_var + population.eps).sqrt() / std, 1 / rmax, rmax)
@@ -133,6 +151,7 @@ def normalise_at_random(population: Population, options: Options, x: Tensor) -> 
     One draw `S_c ~ Bernoulli(p)` per forward and channel, from the default generator of the batch's device:
     `xhat = S (x - m_B) / sqrt(v_B + e) + (1 - S) (x - m) / sqrt(v + e)`.
     """
+    population.require_tensor(x, "train_stats='stochastic'")
     population.require_many(x)
     weight, bias = population.affine
     mean, var = population.before_update()
@@ -161,6 +180,7 @@ def evaluate_by_mix(population: Population, options: Options, x: Tensor) -> Tens
 
     `N = mix_prior` says how many samples the running statistics are worth: 0 is `batch`, infinity is `running`.
     """
+    population.require_tensor(x, "eval_stats='mix'")
     stats = population.require_stats()
     samples = x.shape[0]
     share = samples / (options.mix_prior + samples) if samples else 0.0

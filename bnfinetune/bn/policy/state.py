@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from bnfinetune.bn.policy.rank_groups import GroupChoice
 
-Trainable = tuple[bool | None, bool | None]
-"""`requires_grad` of a layer's weight and bias; None for one that does not exist or is a buffer."""
+Learning = dict[str, dict[str, bool]]
+"""`requires_grad` of the Parameters behind each of a layer's affine tensors, by the tensor's name and by their own in
+the layer; nothing behind a buffer, and no entry for a tensor that does not exist."""
 
 DEFAULT_MOMENTUM = 0.1
 
@@ -56,21 +57,19 @@ class Original:
     Attributes:
         momentum: its momentum.
         eps: its eps.
-        trainable: `requires_grad` of weight and bias; None for one that does not exist or is a buffer.
-        apart: its mode where that differed from the model's, else None.
+        learning: what of its affine learnt.
         added: attributes that the class does not have by itself and was lent, as frozen classes are.
     """
 
     momentum: float | None
     eps: float
-    trainable: Trainable
-    apart: bool | None
+    learning: Learning
     added: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class LayerState:
-    """The switches of a layer that a policy has taken over; `affine` and the kind of update are read off the layer.
+    """The switches of a layer that a policy has taken over; what learns and the kind of update are read off the layer.
 
     Attributes:
         name: the layer's qualified name, for messages.
@@ -81,7 +80,8 @@ class LayerState:
         options: what the switches need.
         original: what to restore.
         stats_before: `train_stats` and `updates` from before the statistics were frozen.
-        affine_before: `requires_grad` of weight and bias from before the affine was frozen.
+        affine_frozen: whether the affine was frozen, so that what others put in its place does not learn either.
+        affine_before: what of the affine learnt before that.
         ema_momentum: the momentum that an exponential average takes up again after a cumulative one.
         passing: taken over only for the length of a context, by no policy.
     """
@@ -93,6 +93,7 @@ class LayerState:
     options: Options
     original: Original
     stats_before: tuple[str, bool] | None = None
-    affine_before: Trainable | None = None
+    affine_frozen: bool = False
+    affine_before: Learning | None = None
     ema_momentum: float = DEFAULT_MOMENTUM
     passing: bool = False

@@ -16,21 +16,27 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import Parameter
 
-from bnfinetune.bn.class_change import is_as_made, make_class, put_on, take_off
-from bnfinetune.bn.layers import BNClass, Tail, require_known
+from bnfinetune.bn.class_change import (
+    has_foreign_forward,
+    input_name,
+    input_of_call,
+    is_as_made,
+    make_class,
+    put_on,
+    take_off,
+)
+from bnfinetune.bn.layers import BNClass, Tail, class_for_pickle, class_from_pickle, eps_of, require_known
+from bnfinetune.bn.policy.added import ATTRIBUTES, added_affine, fit_added, remove_added, start_added
+from bnfinetune.bn.policy.affine import learning_of, parameters_behind, set_learning
 from bnfinetune.bn.policy.rank_groups import GroupChoice
 from bnfinetune.bn.policy.rules import EVAL_RULES, TRAIN_RULES
-from bnfinetune.bn.policy.state import DEFAULT_MOMENTUM, LayerState, Options, Original, Switches, Trainable
-from bnfinetune.bn.population import (
-    AFFINE,
-    DOMAIN_PREFIX,
-    FRESH,
-    RENORM_AGE,
-    STATS,
-    Population,
-    domain_key,
-    recomputing,
-)
+from bnfinetune.bn.policy.state import DEFAULT_MOMENTUM, LayerState, Options, Original, Switches
+from bnfinetune.bn.population import AFFINE, FRESH, Population, recomputing
+from bnfinetune.errors import LayerError
+
+_ATTRIBUTES = ("_bn_state", "_bn_holds", *FRESH)  # plain ones, besides those of what was added
+
+_LENT = {"momentum", "eps"}  # attributes that frozen classes may do without
 
 
 class SwitchedBN(nn.Module):
@@ -38,16 +44,20 @@ class SwitchedBN(nn.Module):
 
     _native_class: ClassVar[type[nn.Module]]
     _bn_tail: ClassVar[Tail]
+    _bn_input: ClassVar[str]
     _bn_checks_shape: ClassVar[bool]
     _bn_state: LayerState
+    _bn_added: dict[str, str]
+    _bn_unset: bool
     _bn_holds: int
     _bn_previous: tuple[Tensor, Tensor, Tensor | None] | None
     _bn_domain: str | None
     _bn_last_domain: str | None
     _check_input_dim: Callable[[Tensor], None]
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self._bn_checks_shape:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        x = input_of_call(self._bn_input, args, kwargs)
+        if self._bn_checks_shape and isinstance(x, Tensor):  # torch.fx traces with something else
             self._check_input_dim(x)
         state = self._bn_state
         rule = TRAIN_RULES[state.train_stats] if self.training else EVAL_RULES[state.eval_stats]
@@ -55,7 +65,12 @@ class SwitchedBN(nn.Module):
 
     def _bn_population(self) -> Population:
         state = self._bn_state
-        return Population(self, self._bn_present_domain(), state.name, state.updates)
+        if self._bn_unset:
+            start_added(self)
+        population = Population(self, self._bn_present_domain(), state.name, state.updates)
+        if state.affine_frozen:
+            population.hold_affine()
+        return population
 
     def _bn_present_domain(self) -> str | None:
         """The domain whose statistics count; on recomputation in backward, that of the last forward in training."""
@@ -71,13 +86,30 @@ class SwitchedBN(nn.Module):
         shown = [super().extra_repr(), "switches=({}, {}, {}, {})".format(*switches_of(self))]
         return ", ".join(part for part in shown if part)
 
+    def reset_running_stats(self) -> None:
+        """Resets the statistics that count now, unless training leaves them alone: then others shall too."""
+        stats = self._bn_population().stats
+        if stats is not None and self._bn_state.updates and not self._bn_holds:
+            with torch.no_grad():
+                stats.mean.zero_()
+                stats.var.fill_(1)
+                if stats.batches is not None:
+                    stats.batches.zero_()
+
+    def register_parameter(self, name: str, param: Parameter | None) -> None:
+        """Registers a Parameter, which is frozen in the place of a frozen weight or bias, or behind one."""
+        super().register_parameter(name, param)
+        held = "_bn_state" in vars(self) and self._bn_state.affine_frozen
+        if held and param is not None and name.startswith((*AFFINE, *added_affine(self))):
+            param.requires_grad_(False)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in own_parameters(self):
-            del destination[prefix + name]
+        for name in added_affine(self):
+            destination.pop(prefix + name, None)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        own = {name: self._parameters.pop(name) for name in own_parameters(self)}
+        own = {name: self._parameters.pop(name) for name in added_affine(self) if name in self._parameters}
         try:
             super()._load_from_state_dict(*args, **kwargs)
         finally:
@@ -87,7 +119,7 @@ class SwitchedBN(nn.Module):
         if not is_as_made(self):
             return super().__reduce_ex__(protocol)
         state: Any = self.__getstate__()  # type: ignore[no-untyped-call]
-        return _blank_layer, (self._native_class,), {**state, **FRESH, "_bn_holds": 0}
+        return blank_layer, class_for_pickle(self), {**state, **FRESH, "_bn_holds": 0}
 
 
 class _AnyDimBatchNorm(_BatchNorm):
@@ -108,20 +140,22 @@ def _switched_class(native: Any, known: BNClass) -> type[SwitchedBN]:
         native,
         base=base,
         _native_class=native,
+        _bn_known=known,
         _bn_tail=staticmethod(known.tail),
+        _bn_input=input_name(native),
         _bn_checks_shape=check is not _NormBase._check_input_dim,
     )
     return cast(type[SwitchedBN], made)
 
 
-def _put_on(layer: nn.Module, name: str = "") -> None:
-    known = require_known(layer, name)
+def _put_on(layer: nn.Module, known: BNClass) -> None:
     put_on(layer, lambda native: _switched_class(native, known))
 
 
-def _blank_layer(native: Any) -> nn.Module:
+def blank_layer(native: Any, known: BNClass | None = None) -> nn.Module:
+    """A layer of a class under a policy, without any attributes yet: what unpickling starts from."""
     layer: nn.Module = native.__new__(native)
-    _put_on(layer)
+    _put_on(layer, class_from_pickle(native, known))
     return layer
 
 
@@ -160,50 +194,39 @@ def _native_switches(layer: Any) -> tuple[str, bool, str]:
     return train_stats, tracked and getattr(layer, "track_running_stats", True), "running" if tracked else "batch"
 
 
-def trainable(layer: nn.Module) -> Trainable:
-    """`requires_grad` of a layer's weight and bias; None for one that does not exist or is a buffer."""
-    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-    return None if weight is None else weight.requires_grad, None if bias is None else bias.requires_grad
+def trainable(layer: nn.Module) -> tuple[bool | None, bool | None]:
+    """Whether weight and bias learn, wherever they live; None for one that does not exist or is a buffer."""
+    return _trains(layer, "weight"), _trains(layer, "bias")
 
 
-def set_trainable(layer: nn.Module, wanted: Trainable) -> None:
-    """Makes weight and bias learn or not.
-
-    A changed Parameter loses its gradient, which would still move it. Where a class holds them as buffers, training
-    makes them Parameters, and None makes them buffers again, of the same memory either way.
-    """
-    for name, flag in zip(("weight", "bias"), wanted, strict=True):
-        parameter, buffer = layer._parameters.get(name), layer._buffers.get(name)
-        if buffer is not None and flag:
-            del layer._buffers[name]
-            layer.register_parameter(name, Parameter(buffer))
-        elif parameter is not None and flag is None:
-            del layer._parameters[name]
-            layer.register_buffer(name, parameter.detach())
-        elif parameter is not None and parameter.requires_grad != flag:
-            parameter.requires_grad_(bool(flag))
-            parameter.grad = None
-        for own in [own for key, own in own_parameters(layer).items() if key.endswith(name)]:
-            if own.requires_grad != bool(flag):
-                own.requires_grad_(bool(flag))
-                own.grad = None
+def _trains(layer: nn.Module, tensor: str) -> bool | None:
+    behind = parameters_behind(layer, tensor)
+    if not behind:
+        return None
+    state = state_of(layer)
+    held = state is not None and state.affine_frozen and tensor not in behind
+    return not held and any(own.requires_grad for own in behind.values())
 
 
-def native_state(name: str, layer: Any, model_training: bool) -> LayerState:
+def native_state(name: str, layer: Any) -> LayerState:
     """The state under which a layer without a policy would go on as it does by itself.
 
     Raises:
-        LayerError: the layer's class has a `forward` of its own and is not registered.
+        LayerError: the layer's class has a `forward` of its own and is not registered, or the layer has attributes of
+            the names that a policy uses.
     """
     require_known(layer, name)
+    taken = [key for key in (*_ATTRIBUTES, *ATTRIBUTES) if key in vars(layer)]
+    if taken:
+        raise LayerError(f"BN layer {name!r} has an attribute {taken[0]!r}, which policies use; rename that")
     train_stats, updates, eval_stats = _native_switches(layer)
-    lent = {"momentum": hasattr(layer, "momentum"), "num_batches_tracked": "num_batches_tracked" in layer._buffers}
+    lent = {key: hasattr(layer, key) for key in sorted(_LENT)}
+    lent |= {"num_batches_tracked": "num_batches_tracked" in layer._buffers}
     momentum = getattr(layer, "momentum", DEFAULT_MOMENTUM)
     original = Original(
         momentum=momentum,
-        eps=layer.eps,
-        trainable=trainable(layer),
-        apart=layer.training if layer.training != model_training else None,
+        eps=eps_of(layer, name),
+        learning=learning_of(layer),
         added=tuple(name for name, present in lent.items() if not present),
     )
     ranks = GroupChoice(process_group=getattr(layer, "process_group", None))
@@ -211,80 +234,45 @@ def native_state(name: str, layer: Any, model_training: bool) -> LayerState:
     return LayerState(name, train_stats, updates, eval_stats, Options(ranks=ranks), original, ema_momentum=ema_momentum)
 
 
+def require_own_forward(layer: nn.Module, name: str) -> None:
+    """Refuses a layer whose `forward` was replaced.
+
+    Raises:
+        LayerError: the layer keeps a `forward` that is neither its class's nor accelerate's around that.
+    """
+    if has_foreign_forward(layer):
+        raise LayerError(
+            f"the forward of BN layer {name!r} was replaced (layer.forward = ...), which hides whatever its class "
+            f"computes; take that off first (del layer.forward), use a forward hook instead, or exclude the layer"
+        )
+
+
 def take_over(layer: Any, state: LayerState) -> None:
     """Puts a layer under a state, in place; a layer already taken over only changes its state."""
     if not isinstance(layer, SwitchedBN):
-        if "momentum" in state.original.added:
-            layer.momentum = state.original.momentum
-        if "num_batches_tracked" in state.original.added:
-            _add_buffer(layer, "num_batches_tracked", torch.zeros((), dtype=torch.long))
-        vars(layer).update(_bn_holds=0, **FRESH)
-        _put_on(layer, state.name)
+        for key in _LENT.intersection(state.original.added):
+            setattr(layer, key, getattr(state.original, key))
+        vars(layer).update(_bn_holds=0, _bn_added={}, _bn_unset=False, **FRESH)
+        _put_on(layer, require_known(layer, state.name))
     layer._bn_state = state
-    _fit_extra_tensors(layer, state.options)
-
-
-def _fit_extra_tensors(layer: Any, options: Options) -> None:
-    """Adds what the options need beyond the layer's own tensors, and drops what they no longer need."""
-    domains, own_affine = options.domains, options.domain_affine == "own"
-    needed = {domain_key(domain, name): name for domain in domains for name in STATS}
-    needed |= {domain_key(domain, name): name for domain in domains if own_affine for name in AFFINE}
-    if layer._bn_state.train_stats == "renorm" and (options.renorm_warmup or options.renorm_ramp):
-        needed[RENORM_AGE] = ""
-    for key in [
-        key for key in (*layer._buffers, *layer._parameters) if key.startswith(DOMAIN_PREFIX) and key not in needed
-    ]:
-        delattr(layer, key)
-    for key in [key for key in needed if key not in layer._buffers and key not in layer._parameters]:
-        source = getattr(layer, needed[key]) if needed[key] else torch.zeros((), dtype=torch.long)
-        if needed[key] not in AFFINE:
-            _add_buffer(layer, key, source)
-        elif source is not None:
-            own = Parameter(source.detach().clone(), requires_grad=source.requires_grad)
-            layer.register_parameter(key, own)
-
-
-def _add_buffer(layer: Any, name: str, value: Tensor | None) -> None:
-    copy = None if value is None else value.detach().clone().to(layer.running_mean.device)
-    layer.register_buffer(name, copy, persistent=False)
-
-
-def extra_tensors(layer: nn.Module) -> dict[str, Tensor]:
-    """The tensors that policies have added to a layer and `state_dict` does not carry."""
-    state = state_of(layer)
-    if state is None:
-        return {}
-    lent = [name for name in state.original.added if name in layer._buffers]
-    tensors = {**layer._buffers, **layer._parameters}
-    added = {name: tensor for name, tensor in tensors.items() if name.startswith(DOMAIN_PREFIX) or name in lent}
-    return {name: tensor for name, tensor in added.items() if tensor is not None}
-
-
-def own_parameters(layer: nn.Module) -> dict[str, Parameter]:
-    """The Parameters that domains have of their own in a layer."""
-    return {name: own for name, own in layer._parameters.items() if name.startswith(DOMAIN_PREFIX) and own is not None}
+    fit_added(layer, state)
 
 
 def give_back(layer: Any) -> None:
     """Gives a layer its class back, and takes back what it was lent; everything else stays as it is."""
-    lent = [*extra_tensors(layer), *(["momentum"] if "momentum" in layer._bn_state.original.added else [])]
+    lent = _LENT.intersection(layer._bn_state.original.added)
     take_off(layer, SwitchedBN)
-    for name in lent:
-        delattr(layer, name)
-    for name in [name for name in vars(layer) if name.startswith("_bn_")]:
+    remove_added(layer)
+    for name in (*lent, *_ATTRIBUTES):
         delattr(layer, name)
 
 
-def let_go(layer: Any, model_training: bool) -> None:
-    """Gives a layer back as it was before its first policy, in the model's mode; values that training changed stay."""
+def let_go(layer: Any) -> None:
+    """Gives a layer back as it was before its first policy; values that training changed, and its mode, stay."""
     original = layer._bn_state.original
     layer.momentum, layer.eps = original.momentum, original.eps
-    set_trainable(layer, original.trainable)
+    set_learning(layer, original.learning)
     give_back(layer)
-    if original.apart is None:
-        layer.training = model_training
-    else:
-        layer.train(original.apart)
 
 
 # Called before a policy changes layers, with the model and those layers: folding undoes itself here.

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from bnfinetune.bn.layers import find_bn_layers, native_class
+from bnfinetune.bn.layers import eps_of, find_bn_layers, native_class
 from bnfinetune.bn.policy.state import Switches
 from bnfinetune.bn.policy.switched_layer import switches_of, trainable
+from bnfinetune.bn.saved_report import SavedReport, aligned
 from bnfinetune.errors import LayerError
 
 
@@ -23,18 +24,20 @@ class BNRow(NamedTuple):
     eval_stats: str
     affine_grad: str
     momentum: float | None
-    eps: float
+    eps: float | None
     mode: str
 
 
-class BNTable(tuple[BNRow, ...]):
-    """The rows of `describe_bn`, in the model's order; prints as an aligned table."""
+class BNTable(SavedReport, tuple[BNRow, ...]):
+    """The rows of `describe_bn`, in the model's order; prints as an aligned table, saves as JSON."""
 
     def __str__(self) -> str:
-        cells = [[field.replace("_", " ") for field in BNRow._fields]]
-        cells += [[_shown(value) for value in row] for row in self]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+        head = [field.replace("_", " ") for field in BNRow._fields]
+        return aligned([head, *([_shown(value) for value in row] for row in self)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The rows as dicts, under `layers`."""
+        return {"layers": [row._asdict() for row in self]}
 
 
 def _shown(value: object) -> str:
@@ -57,10 +60,11 @@ def describe_bn(model: nn.Module) -> BNTable:
 
 
 def _row(name: str, layer: Any) -> BNRow:
+    eps: float | None
     try:
-        switches = switches_of(layer)
+        switches, eps = switches_of(layer), eps_of(layer)
     except LayerError:
-        switches = Switches("?", "?", "?", "?")
+        switches, eps = Switches("?", "?", "?", "?"), getattr(layer, "eps", None)
     grads = [{None: "none", True: "yes", False: "no"}[flag] for flag in trainable(layer)]
     return BNRow(
         name or "<root>",
@@ -68,6 +72,6 @@ def _row(name: str, layer: Any) -> BNRow:
         *switches,
         affine_grad=grads[0] if grads[0] == grads[1] else "/".join(grads),
         momentum=getattr(layer, "momentum", None),
-        eps=layer.eps,
+        eps=eps,
         mode="train" if layer.training else "eval",
     )

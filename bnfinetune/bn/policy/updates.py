@@ -10,8 +10,17 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from bnfinetune.bn.layers import find_bn_layers, require_known, unwrap
-from bnfinetune.bn.policy.switched_layer import SwitchedBN, give_back, native_state, state_of, switches_of, take_over
+from bnfinetune.bn.layers import find_bn_layers, require_known
+from bnfinetune.bn.policy.switched_layer import (
+    SwitchedBN,
+    give_back,
+    native_state,
+    require_own_forward,
+    state_of,
+    switches_of,
+    take_over,
+)
+from bnfinetune.bn.population import RENORM_AGE, STATS
 from bnfinetune.errors import StatisticsError
 
 
@@ -27,7 +36,8 @@ def no_stat_updates(model: nn.Module) -> Iterator[nn.Module]:
 
     Raises:
         SelectionError: the model has no BN layer.
-        LayerError: a layer's class has a `forward` of its own and is not registered.
+        LayerError: a layer's class has a `forward` of its own and is not registered, or a layer without a policy keeps
+            a `forward` that was put in its class's place.
     """
     layers = find_bn_layers(model)
     for name, layer in layers.items():
@@ -35,7 +45,10 @@ def no_stat_updates(model: nn.Module) -> Iterator[nn.Module]:
     layers = {name: layer for name, layer in layers.items() if isinstance(layer, SwitchedBN) or _updates(layer)}
     for name, layer in layers.items():
         if not isinstance(layer, SwitchedBN):
-            take_over(layer, replace(native_state(name, layer, unwrap(model).training), passing=True))
+            require_own_forward(layer, name)
+    for name, layer in layers.items():
+        if not isinstance(layer, SwitchedBN):
+            take_over(layer, replace(native_state(name, layer), passing=True))
         cast(SwitchedBN, layer)._bn_holds += 1
     try:
         yield model
@@ -76,26 +89,40 @@ class StatSnapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = list(find_bn_layers(model).values())
+        self._model = model
+        self._names: list[tuple[str, str]] = []
         self._live: list[Tensor] = []
         self._kept: list[Tensor] = []
+        find_bn_layers(model)  # a model without any is refused here, not at the first step
 
     @torch.no_grad()
     def take(self) -> None:
         """Remembers the present running statistics and counters, of every domain, and forgets earlier ones."""
-        live = [buffer for layer in self._layers for buffer in layer._buffers.values() if buffer is not None]
+        held = {
+            (name, key): buffer
+            for name, layer in find_bn_layers(self._model).items()
+            for key, buffer in layer._buffers.items()
+            if buffer is not None and (key.endswith(STATS) or key == RENORM_AGE)
+        }
+        live = list(held.values())
         if len(live) == len(self._live) and all(a is b for a, b in zip(live, self._live, strict=True)):
             torch._foreach_copy_(self._kept, live)
         else:
             self._live, self._kept = live, [buffer.clone() for buffer in live]
+        self._names = list(held)
 
     @torch.no_grad()
     def rollback(self) -> None:
-        """Writes the remembered statistics back into the model's buffers.
+        """Writes the remembered statistics back into the model's buffers, whichever these are by now.
+
+        Buffers that have been taken off the layers since, as those of a domain are by `restore_bn`, stay off.
 
         Raises:
             StatisticsError: nothing has been taken yet.
         """
-        if not self._live:
+        if not self._names:
             raise StatisticsError("StatSnapshot has nothing to roll back to; call take() before the step")
-        torch._foreach_copy_(self._live, self._kept)
+        layers = find_bn_layers(self._model)
+        found = [layers[name]._buffers.get(key) if name in layers else None for name, key in self._names]
+        pairs = [(buffer, kept) for buffer, kept in zip(found, self._kept, strict=True) if buffer is not None]
+        torch._foreach_copy_([buffer for buffer, _ in pairs], [kept for _, kept in pairs])

@@ -6,7 +6,8 @@ the backend would leave the order, and with it the last bits, to the backend.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
 import torch
@@ -64,7 +65,8 @@ def share(action: Callable[[], Sequence[float]], width: int, group: ProcessGroup
     except BaseException as error:  # an interrupt too: the other ranks would wait for this one for ever
         fault = error
     if is_distributed(group):
-        rows = gather_in_rank_order(torch.tensor([fault is not None, *numbers], dtype=torch.float64), group)
+        mine = torch.tensor([fault is not None, *numbers], dtype=torch.float64, device="cpu")
+        rows = gather_in_rank_order(mine, group)
         if rows[:, 0].any():
             _raise_together(fault, rows[:, 0], group)
         return rows[:, 1:].tolist()
@@ -95,6 +97,26 @@ def together(action: Callable[[], T], group: ProcessGroup = None) -> T:
 
     share(run, 0, group)
     return results[0]
+
+
+def require_same_layers(channels: Mapping[str, object], group: ProcessGroup = None) -> None:
+    """Makes sure that all ranks hold the same BN layers, before their statistics are laid side by side.
+
+    Args:
+        channels: the number of channels by the layer's qualified name, or anything else that must agree.
+        group: the process group; the default group if None.
+
+    Raises:
+        StatisticsError: on all ranks, if names or channels differ on some.
+    """
+    digest = torch.frombuffer(bytearray(hashlib.sha256(repr(dict(channels)).encode()).digest()), dtype=torch.uint8)
+    rows = gather_in_rank_order(digest, group)
+    differs = (rows != rows[0]).any(1)
+    if differs.any():
+        raise StatisticsError(
+            f"rank {int(differs.int().argmax())} has other BN layers than rank 0 ({len(channels)} on this rank); "
+            "give every rank the same model and the same selection"
+        )
 
 
 def _raise_together(fault: BaseException | None, faulty: Tensor, group: ProcessGroup) -> NoReturn:

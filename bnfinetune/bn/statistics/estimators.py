@@ -21,9 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bnfinetune.bn.population import RunningStats
-from bnfinetune.bn.statistics.moments import Moments
-from bnfinetune.bn.statistics.recorder import Rows
+from bnfinetune.bn.statistics.moments import Moments, Rows
 
 VARIANCES = ("pooled", "mean", "ema")
 
@@ -86,14 +84,16 @@ class EmaEstimate:
     Ranks average on their own; then their averages are pooled by the law of total variance, by their values.
 
     Args:
-        start: the layer's present statistics.
+        mean: the layer's present running mean, (C,), float64 on the CPU.
+        var: its running variance, likewise.
+        batches: how many batches these stand for.
         momentum: h; None for a cumulative average that counts on from the layer's `num_batches_tracked`.
     """
 
-    def __init__(self, start: RunningStats, momentum: float | None) -> None:
-        self._mean, self._var = (t.detach().cpu().to(torch.float64, copy=True) for t in (start.mean, start.var))
+    def __init__(self, mean: Tensor, var: Tensor, batches: int, momentum: float | None) -> None:
+        self._mean, self._var = mean, var
         self._momentum = momentum
-        self._batches = 0 if start[2] is None else int(start[2])
+        self._batches = batches
         self._values = 0.0
 
     def add(self, rows: Rows) -> None:
@@ -112,10 +112,3 @@ class EmaEstimate:
     def result(self, pooled: Moments, own: Moments) -> tuple[Tensor, Tensor]:
         """The averages of all ranks, pooled."""
         return own.mean, own.var
-
-
-def estimator_of(variance: str, start: RunningStats, momentum: float | None) -> Estimator:
-    """The estimator of one layer, by the name of its variance."""
-    if variance == "ema":
-        return EmaEstimate(start, momentum)
-    return MeanEstimate(len(start.mean)) if variance == "mean" else PooledEstimate()

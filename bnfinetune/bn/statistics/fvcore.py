@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from bnfinetune.bn.layers import find_bn_layers, unwrap
-from bnfinetune.bn.statistics.collectives import together
-from bnfinetune.bn.statistics.outcome import new_statistics, write
-from bnfinetune.bn.statistics.precise import PassPlan, channels, is_frozen, recorded, transaction
-from bnfinetune.bn.statistics.ranks import require_same_layers
+from bnfinetune.bn.statistics.collectives import require_same_layers, together
+from bnfinetune.bn.statistics.layer_statistics import recorded, require_values, write
+from bnfinetune.bn.statistics.precise import channels, is_frozen, transaction
 from bnfinetune.bn.statistics.statistics_pass import Limits, Pass
 from bnfinetune.errors import SelectionError
 
@@ -40,8 +39,14 @@ def update_bn_stats(
         StatisticsError: values that are not finite, or a fault on another rank.
     """
     net = unwrap(model)
-    limits, plan = together(lambda: (Limits(num_batches=num_iters), PassPlan(_layers_in_training(net))))
-    if not plan.updated:
+
+    def plan_pass() -> tuple[Limits, dict[str, nn.Module]]:
+        layers = _layers_in_training(net)
+        require_values(layers)
+        return Limits(num_batches=num_iters), layers
+
+    limits, layers = together(plan_pass)
+    if not layers:
         warnings.warn(
             "update_bn_stats found no BN layer in training mode whose statistics are updated, and changes nothing; "
             "call model.train() first, or use precise_bn, which works in either mode",
@@ -49,11 +54,11 @@ def update_bn_stats(
         )
         return
     with transaction(net):
-        require_same_layers(channels(plan))
-        with recorded(plan, "pooled") as statistics:
+        require_same_layers(channels(layers))
+        with recorded(layers, "pooled") as statistics:
             run = Pass(net, data_loader, statistics, limits, progress=progress == "tqdm", drop_padding=False)
             run.run()
-        write(statistics, new_statistics(run, statistics, with_errors=False), count_batches=True)
+        write(statistics, run.new_statistics(with_errors=False), count_batches=True)
 
 
 def get_bn_modules(model: nn.Module) -> list[nn.Module]:

@@ -15,14 +15,53 @@ The American Statistician 37(3), 1983.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bnfinetune.bn.statistics.collectives import ProcessGroup, gather_in_rank_order
+
+
+class Rows(NamedTuple):
+    """Statistics of several batches of one layer, float64 on the CPU.
+
+    Attributes:
+        counts: values per channel, N*H*W of each batch, shape (K,).
+        means: shape (K, C).
+        m2s: sums of squared distances from the batch's own mean, shape (K, C).
+    """
+
+    counts: Tensor
+    means: Tensor
+    m2s: Tensor
+
+    def unbiased(self) -> Tensor:
+        """Bessel-corrected batch variances, shape (K, C); not finite where a batch has one value per channel."""
+        return self.m2s / (self.counts - 1)[:, None]
+
+    def pooled(self, size: int) -> Rows:
+        """Every `size` neighbours made one by the law of total variance; K must be a multiple of `size`."""
+        if size == 1:
+            return self
+        channels = self.means.shape[1]
+        counts, means = self.counts.view(-1, size), self.means.view(-1, size, channels)
+        total = counts.sum(1)
+        offsets = means - means[:, :1]
+        mean = means[:, :1] + ((counts / total[:, None])[..., None] * offsets).sum(1, keepdim=True)
+        between = (counts[..., None] * (means - mean).square()).sum(1)
+        return Rows(total, mean[:, 0], self.m2s.view(-1, size, channels).sum(1) + between)
+
+    def split_at(self, k: int) -> tuple[Rows, Rows]:
+        """The first k batches, and the others."""
+        return Rows(*(t[:k] for t in self)), Rows(*(t[k:] for t in self))
+
+    def followed_by(self, other: Rows) -> Rows:
+        """These rows and then the others."""
+        return Rows(*(torch.cat(pair) for pair in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -42,20 +81,8 @@ class Moments:
     @classmethod
     def empty(cls, channels: int) -> Moments:
         """Moments of no values at all, the neutral element of `merge`."""
-        return cls(0, torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64))
-
-    @classmethod
-    def of(cls, x: Tensor) -> Moments:
-        """Moments of a tensor's values by two passes in float64.
-
-        Args:
-            x: shape (N, C, ...); all dimensions but the second are pooled.
-        """
-        values = x.detach().cpu().double().transpose(0, 1).flatten(1)
-        if values.shape[1] == 0:
-            return cls.empty(x.shape[1])
-        mean = values.mean(1)
-        return cls(values.shape[1], mean, (values - mean[:, None]).square().sum(1))
+        zeros = torch.zeros(channels, dtype=torch.float64, device="cpu")
+        return cls(0, zeros, zeros.clone())
 
     @classmethod
     def pool(cls, counts: Tensor, means: Tensor, m2s: Tensor) -> Moments:
@@ -96,11 +123,6 @@ class Moments:
         return Moments(count, self.mean + delta * share, self.m2 + other.m2 + delta.square() * (self.count * share))
 
 
-def merge_all(parts: Iterable[Moments]) -> Moments:
-    """Merges moments from first to last."""
-    return reduce(Moments.merge, parts)
-
-
 def all_reduce_moments(moments: Sequence[Moments], group: ProcessGroup = None) -> list[Moments]:
     """Merges each moments with its counterparts on the other ranks, from rank 0 to the last.
 
@@ -111,7 +133,7 @@ def all_reduce_moments(moments: Sequence[Moments], group: ProcessGroup = None) -
         moments: of the same length and channels on every rank.
         group: the process group; the default group if None.
     """
-    counts = torch.tensor([float(part.count) for part in moments], dtype=torch.float64)
+    counts = torch.tensor([float(part.count) for part in moments], dtype=torch.float64, device="cpu")
     gathered = gather_in_rank_order(torch.cat([counts, *(t for part in moments for t in (part.mean, part.m2))]), group)
     sizes = [len(part.mean) for part in moments for _ in range(2)]
     by_rank = []
@@ -119,4 +141,4 @@ def all_reduce_moments(moments: Sequence[Moments], group: ProcessGroup = None) -
         row_counts, *tensors = row.split([len(moments), *sizes])
         columns = zip(row_counts.tolist(), tensors[::2], tensors[1::2], strict=True)
         by_rank.append([Moments(count, mean, m2) for count, mean, m2 in columns])
-    return [merge_all(parts) for parts in zip(*by_rank, strict=True)]
+    return [reduce(Moments.merge, parts) for parts in zip(*by_rank, strict=True)]

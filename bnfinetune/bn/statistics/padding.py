@@ -5,7 +5,7 @@ Recognised are loaders whose order is known to the last row:
 - a `DataLoader` with torch's `DistributedSampler` or timm's `OrderedDistributedSampler`, which deal samples to ranks in
   turn and fill the last turn from the start of the data set;
 - a loader prepared by Accelerate, in all its ways: whole batches dealt in turn, batches split between ranks, batches
-  read on rank 0 and dispatched, and iterable data sets of known length.
+  read on rank 0 and dispatched, and iterable data sets of known length; the same after `skip_first_batches`.
 
 Any other loader counts as free of padding. Everything is read off attributes, so Accelerate need not be installed.
 """
@@ -32,16 +32,25 @@ def real_rows_of(loader: Any) -> RealRows:
 
 
 def _after_skipped(loader: Any, rule: RealRows) -> RealRows:
-    skipped = getattr(loader, "skip_batches", 0)
+    skipped = getattr(loader, "skip_batches", 0) + _batch_sampler(loader)[1]
     return lambda batch, rows: min(max(rule(batch + skipped, rows), 0), rows)
+
+
+def _batch_sampler(loader: Any) -> tuple[Any, int]:
+    """A loader's batch sampler below those with which accelerate skips first batches, and how many these skip."""
+    dealt: Any = getattr(loader, "batch_sampler", None)
+    skipped = 0
+    while type(dealt).__name__ == "SkipBatchSampler":
+        dealt, skipped = dealt.batch_sampler, skipped + dealt.skip_batches
+    return dealt, skipped
 
 
 def _sampler_in_turn(loader: Any) -> RealRows | None:
     """`DistributedSampler`: rank r holds the positions r, r + R, r + 2R, ... of the padded order."""
-    sampler: Any = getattr(loader, "sampler", None)
-    batch_sampler = getattr(loader, "batch_sampler", None)
+    batch_sampler: Any = _batch_sampler(loader)[0]
     if type(batch_sampler) is not BatchSampler or not isinstance(loader, DataLoader):
         return None
+    sampler: Any = batch_sampler.sampler
     known = isinstance(sampler, DistributedSampler) and type(sampler).__iter__ is DistributedSampler.__iter__
     if not known and type(sampler).__name__ != "OrderedDistributedSampler":
         return None
@@ -52,7 +61,7 @@ def _sampler_in_turn(loader: Any) -> RealRows | None:
 
 def _sharded_batches(loader: Any) -> RealRows | None:
     """Accelerate's `BatchSamplerShard`: rank p of P takes batches p, p + P, ..., or the p-th part of every batch."""
-    shard: Any = getattr(loader, "batch_sampler", None)
+    shard: Any = _batch_sampler(loader)[0]
     if type(shard).__name__ != "BatchSamplerShard" or type(shard.batch_sampler) is not BatchSampler:
         return None
     dealt: Any = shard.batch_sampler

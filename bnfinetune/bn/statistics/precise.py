@@ -16,24 +16,23 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnfinetune.bn.folding.fold import unfolded
-from bnfinetune.bn.layers import Globs, bn_tail, find_bn_layers, select_layers, unwrap
+from bnfinetune.bn.layers import Selection, bn_class, bn_tail, find_bn_layers, select_layers, unwrap
 from bnfinetune.bn.policy.switched_layer import switches_of
 from bnfinetune.bn.population import population_of
-from bnfinetune.bn.statistics.batches import Forward, device_of, model_input, to_device
-from bnfinetune.bn.statistics.collectives import ProcessGroup, together
-from bnfinetune.bn.statistics.estimators import VARIANCES, estimator_of
-from bnfinetune.bn.statistics.outcome import NewStatistics, changes, doubts, new_statistics, write
-from bnfinetune.bn.statistics.ranks import require_same_layers
-from bnfinetune.bn.statistics.recorder import forwards_replaced, recording
-from bnfinetune.bn.statistics.report import PreciseBNReport
-from bnfinetune.bn.statistics.statistics_pass import LayerStatistics, Limits, Pass
+from bnfinetune.bn.statistics.batches import ONLY_FIRST_VIEW, Forward, device_of, model_input, to_device
+from bnfinetune.bn.statistics.collectives import ProcessGroup, require_same_layers, together
+from bnfinetune.bn.statistics.estimators import VARIANCES
+from bnfinetune.bn.statistics.layer_statistics import LayerStatistics, NewStatistics, recorded, require_values, write
+from bnfinetune.bn.statistics.recorder import forwards_replaced, only_input
+from bnfinetune.bn.statistics.report import PreciseBNReport, doubts, layer_changes
+from bnfinetune.bn.statistics.statistics_pass import Limits, Pass
 from bnfinetune.errors import StatisticsError
 
 
@@ -43,7 +42,6 @@ class PassPlan(NamedTuple):
     updated: dict[str, nn.Module]
     frozen: tuple[str, ...] = ()
     untracked: tuple[str, ...] = ()
-    momentum: float | None = None
 
 
 @torch.no_grad()
@@ -56,8 +54,8 @@ def precise_bn(
     tolerance: float | None = None,
     variance: str = "pooled",
     momentum: float | None = None,
-    layers: Globs = "*",
-    exclude: Globs = (),
+    layers: Selection = "*",
+    exclude: Selection = (),
     include_frozen: bool = False,
     forward: Forward | None = None,
     progress: bool = False,
@@ -81,7 +79,9 @@ def precise_bn(
     Args:
         model: any model with BN layers, under a policy or not, compiled or in DDP; in either mode.
         data: any iterable of batches: tensors, tuples or lists with the images first, or dicts with `image`,
-            `pixel_values` or `x`. Batches are moved to the model's device.
+            `pixel_values` or `x`. Of a list with one image or dict for each sample, as detectors take it, the model
+            gets the list; of several views of each sample it gets the first, with a warning. Batches are moved to the
+            model's device.
         num_batches: how many batches to read on each rank.
         num_samples: how many samples to read over all ranks; the last batch is cut to fit.
         tolerance: stop as soon as the estimated standard error of every channel's mean (in units of its standard
@@ -90,8 +90,8 @@ def precise_bn(
         variance: `pooled` (of all values), `mean` (of the unbiased batch variances) or `ema` (as in training);
             formulas and sources are in `bnfinetune.bn.statistics.estimators`.
         momentum: for `ema`; by default each layer's own.
-        layers: globs of the layers to update.
-        exclude: globs of layers to leave out.
+        layers: the layers to update: globs on qualified names, classes or functions of name and layer.
+        exclude: the same, of layers to leave out.
         include_frozen: update also layers whose statistics a policy, or their class, has frozen.
         forward: called as `forward(model, batch)` with the whole batch, for models that take more than images.
         progress: show a progress bar.
@@ -101,7 +101,7 @@ def precise_bn(
         A report on every layer; print it, or save it as JSON.
 
     Raises:
-        SelectionError: the model has no BN layer, or a glob matches none.
+        SelectionError: the model has no BN layer, or a selector matches none.
         LayerError: a layer's class has a `forward` of its own and is not registered.
         ShortDataError: the data ended before `num_batches` or `num_samples`.
         StatisticsError: no data, nothing to update, values that are not finite, or a fault on another rank.
@@ -110,7 +110,7 @@ def precise_bn(
 
     def plan_pass() -> tuple[Limits, PassPlan]:
         _check_estimate(variance, momentum, tolerance)
-        return Limits(num_batches, num_samples, tolerance), _plan(net, layers, exclude, include_frozen, momentum)
+        return Limits(num_batches, num_samples, tolerance), _plan(net, layers, exclude, include_frozen)
 
     limits, plan = together(plan_pass, process_group)
     device = device_of(net)
@@ -122,12 +122,18 @@ def precise_bn(
 
     start = time.perf_counter()
     with transaction(net), unfolded(net):
-        require_same_layers(channels(plan), process_group)
-        with evaluation_mode(net), _stored_statistics(net, plan.updated), recorded(plan, variance) as statistics:
+        require_same_layers(channels(plan.updated), process_group)
+        with (
+            evaluation_mode(net),
+            _stored_statistics(net, plan.updated),
+            recorded(plan.updated, variance, momentum) as statistics,
+        ):
             run = Pass(call, data, statistics, limits, progress=progress, group=process_group)
             run.run()
-        new = new_statistics(run, statistics, variance != "ema", process_group)
-        report = _report(plan, run, statistics, new, limits, data, variance, time.perf_counter() - start)
+        new = run.new_statistics(with_errors=variance != "ema")
+        cut = (ONLY_FIRST_VIEW.format(views=run.views),) if forward is None and run.views > 1 else ()
+        found = (*cut, *doubts(run, new, limits, data))
+        report = _report(plan, run, statistics, new, limits, found, variance, time.perf_counter() - start)
         write(statistics, new, count_batches=variance == "ema")
     for text in report.warnings:
         warnings.warn(text, stacklevel=3)
@@ -140,7 +146,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
     Flags are set directly: a module's own `train` or `eval` may do more than that, and could not be undone.
     """
-    modes = {module: module.training for module in model.modules()}
+    modes = {
+        module: module.training for module in model.modules() if hasattr(module, "training")
+    }  # not if jit froze it
     try:
         for module in modes:
             module.training = False
@@ -162,7 +170,7 @@ def transaction(model: nn.Module) -> Iterator[None]:
     except BaseException:
         for module, key, buffer, value in buffers:
             module._buffers[key] = buffer
-            if not torch.equal(buffer, value):
+            if buffer.device.type != "meta" and not torch.equal(buffer, value):
                 buffer.copy_(value)
         raise
 
@@ -171,13 +179,13 @@ def transaction(model: nn.Module) -> Iterator[None]:
 def _stored_statistics(model: nn.Module, updated: Mapping[str, nn.Module]) -> Iterator[None]:
     """Lets BN layers that are not updated normalise with their running statistics, where their policy would not."""
 
-    def normalise(layer: nn.Module, x: Tensor) -> Tensor:
-        population = population_of(layer)
+    def normalise(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        x, population = only_input(args, kwargs), population_of(layer)
         stats = population.require_stats()
         y = F.batch_norm(x, stats.mean, stats.var, *population.affine, False, 0.0, population.eps)
         return bn_tail(layer)(y)
 
-    others = [layer for name, layer in find_bn_layers(model).items() if name not in updated]
+    others = [layer for name, layer in find_bn_layers(model).items() if name not in updated and bn_class(layer)]
     tracked = [layer for layer in others if population_of(layer).stats is not None]
     unlike = [layer for layer in tracked if switches_of(layer).eval_stats != "running"]
     with forwards_replaced({layer: partial(normalise, layer) for layer in unlike}):
@@ -195,7 +203,7 @@ def _check_estimate(variance: str, momentum: float | None, tolerance: float | No
         raise StatisticsError("tolerance has no meaning with variance='ema', whose error never vanishes; use 'pooled'")
 
 
-def _plan(net: nn.Module, layers: Globs, exclude: Globs, include_frozen: bool, momentum: float | None) -> PassPlan:
+def _plan(net: nn.Module, layers: Selection, exclude: Selection, include_frozen: bool) -> PassPlan:
     selected = select_layers(net, layers, exclude)
     untracked = tuple(name for name, layer in selected.items() if population_of(layer).stats is None)
     tracked = {name: layer for name, layer in selected.items() if name not in untracked}
@@ -207,12 +215,13 @@ def _plan(net: nn.Module, layers: Globs, exclude: Globs, include_frozen: bool, m
         raise StatisticsError(
             f"nothing to update: of {len(selected)} selected BN layers " + " and ".join(filter(None, [reason, lacking]))
         )
-    return PassPlan(updated, frozen, untracked, momentum)
+    require_values(updated)
+    return PassPlan(updated, frozen, untracked)
 
 
-def channels(plan: PassPlan) -> dict[str, int]:
-    """How many channels each layer to be updated has, by its name."""
-    return {name: len(stats.mean) for name, layer in plan.updated.items() if (stats := population_of(layer).stats)}
+def channels(layers: Mapping[str, nn.Module]) -> dict[str, int]:
+    """How many channels each of the layers has, by its name."""
+    return {name: len(stats.mean) for name, layer in layers.items() if (stats := population_of(layer).stats)}
 
 
 def is_frozen(layer: nn.Module) -> bool:
@@ -227,14 +236,14 @@ def _report(
     statistics: Mapping[str, LayerStatistics],
     new: Mapping[str, NewStatistics],
     limits: Limits,
-    data: object,
+    found: tuple[str, ...],
     variance: str,
     seconds: float,
 ) -> PreciseBNReport:
     known = [stats.error.worst for stats in new.values() if stats.error is not None]
     error = max(known, default=math.inf)
     return PreciseBNReport(
-        layers=changes(statistics, new),
+        layers=layer_changes(statistics, new),
         uncalled=tuple(name for name in plan.updated if name not in new),
         frozen=plan.frozen,
         untracked=plan.untracked,
@@ -244,18 +253,5 @@ def _report(
         tolerance=limits.tolerance,
         error=error if math.isfinite(error) else None,
         seconds=seconds,
-        warnings=doubts(run, new, limits, data),
+        warnings=found,
     )
-
-
-@contextmanager
-def recorded(plan: PassPlan, variance: str) -> Iterator[dict[str, LayerStatistics]]:
-    """Records the layers to be updated for the length of the block."""
-    with recording(plan.updated) as recorders:
-        statistics = {}
-        for name, recorder in recorders.items():
-            stats = population_of(recorder.layer).require_stats()
-            momentum = recorder.layer.momentum if variance == "ema" and plan.momentum is None else plan.momentum
-            estimator = estimator_of(variance, stats, cast(float | None, momentum))
-            statistics[name] = LayerStatistics(recorder, len(stats.mean), estimator)
-        yield statistics

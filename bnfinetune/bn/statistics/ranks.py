@@ -8,22 +8,54 @@ variances (timm's `--dist-bn reduce`) loses the spread between the ranks' means:
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from bnfinetune.bn.layers import find_bn_layers
 from bnfinetune.bn.population import RunningStats
-from bnfinetune.bn.statistics.collectives import ProcessGroup, gather_in_rank_order, is_distributed, together
+from bnfinetune.bn.saved_report import SavedReport
+from bnfinetune.bn.statistics.collectives import (
+    ProcessGroup,
+    gather_in_rank_order,
+    is_distributed,
+    require_same_layers,
+    together,
+)
 from bnfinetune.bn.statistics.moments import Moments
+from bnfinetune.bn.statistics.transfers import fetch, store
 from bnfinetune.errors import StatisticsError
 
 
+@dataclass(frozen=True)
+class MergeReport(SavedReport):
+    """What `merge_running_stats` did; `print(report)` shows it, `report.save(path)` writes JSON.
+
+    Attributes:
+        counts: images that each rank's statistics stood for, in rank order; a single process has nothing to merge.
+        apart: how far the ranks were apart, by layer: the largest distance of any rank's mean from the merged one, of
+            any channel, in merged standard deviations. Ranks without images do not count.
+    """
+
+    counts: tuple[float, ...]
+    apart: dict[str, float]
+
+    def __str__(self) -> str:
+        if not self.apart:
+            return "running statistics of one process: nothing to merge"
+        worst = max(self.apart, key=lambda name: self.apart[name])
+        return (
+            f"running statistics of {len(self.counts)} ranks merged in {len(self.apart)} layers "
+            f"({sum(self.counts):g} images: {' + '.join(f'{count:g}' for count in self.counts)}); means were up to "
+            f"{self.apart[worst]:.2g} standard deviations apart ({worst})"
+        )
+
+
 @torch.no_grad()
-def merge_running_stats(model: nn.Module, count: float, process_group: ProcessGroup = None) -> None:
+def merge_running_stats(model: nn.Module, count: float, process_group: ProcessGroup = None) -> MergeReport:
     """Gives every rank the pooled running statistics of all ranks, by the law of total variance.
 
     With `w_r` the share of rank r in the images seen: `m = sum_r w_r m_r`, `v = sum_r w_r (v_r + (m_r - m)^2)`.
@@ -36,39 +68,35 @@ def merge_running_stats(model: nn.Module, count: float, process_group: ProcessGr
         count: how many images this rank's statistics stand for; may be 0, as long as some rank's is not.
         process_group: the ranks to merge; the default group if None.
 
+    Returns:
+        A report, the same on all ranks; print it, or save it as JSON.
+
     Raises:
         StatisticsError: on all ranks, nothing changed: negative counts, no images on any rank, running statistics
             that are not finite on some rank (the layer is named), or different BN layers on different ranks.
     """
     if not is_distributed(process_group):
-        return
+        return MergeReport((float(count),), {})
     layers = find_bn_layers(model)
     kept = {name: stats for name, layer in layers.items() if (stats := list(_populations(layer)))}
-    together(lambda: _check(kept, count), process_group)
+    values = together(lambda: _checked(kept, count), process_group)
     require_same_layers({name: [len(s.mean) for s in stats] for name, stats in kept.items()}, process_group)
-    merged = _merge([s for stats in kept.values() for s in stats], count, process_group)
-    # One call that Python signals cannot interrupt half-way: all buffers change, or none.
-    torch._foreach_copy_([old for old, _ in merged], [new for _, new in merged])
-
-
-def require_same_layers(channels: Mapping[str, object], group: ProcessGroup = None) -> None:
-    """Makes sure that all ranks hold the same BN layers, before their statistics are laid side by side.
-
-    Args:
-        channels: the number of channels by the layer's qualified name, or anything else that must agree.
-        group: the process group; the default group if None.
-
-    Raises:
-        StatisticsError: on all ranks, if names or channels differ on some.
-    """
-    digest = torch.frombuffer(bytearray(hashlib.sha256(repr(dict(channels)).encode()).digest()), dtype=torch.uint8)
-    rows = gather_in_rank_order(digest, group)
-    if (rows != rows[0]).any():
-        rank = int((rows != rows[0]).any(1).int().argmax())
-        raise StatisticsError(
-            f"rank {rank} has other BN layers than rank 0 ({len(channels)} on this rank); "
-            "give every rank the same model and the same selection"
-        )
+    rows = gather_in_rank_order(torch.cat([value.reshape(-1) for value in values]), process_group)
+    counts, *parts = torch.split(rows, [value.numel() for value in values], dim=1)
+    if not counts.sum():
+        raise StatisticsError("no rank has seen an image (count=0 everywhere); merge after the first training batch")
+    names = [name for name, stats in kept.items() for _ in stats]
+    apart, merged = dict.fromkeys(kept, 0.0), []
+    for name, means, variances, batches in zip(names, parts[::3], parts[1::3], parts[2::3], strict=True):
+        pooled = Moments.pool(counts[:, 0], means, variances * counts)
+        off = (means - pooled.mean)[counts[:, 0] > 0].abs().max(0).values
+        # where all ranks hold one constant, they are no deviation apart
+        apart[name] = max(apart[name], float(torch.where(off > 0, off / pooled.var.sqrt(), 0.0).max()))
+        merged += [pooled.mean, pooled.var, batches.max()]
+    buffers = [buffer for stats in kept.values() for each in stats for buffer in each]
+    pairs = [(buffer, value) for buffer, value in zip(buffers, merged, strict=True) if buffer is not None]
+    store([buffer for buffer, _ in pairs], [value for _, value in pairs])
+    return MergeReport(tuple(counts[:, 0].tolist()), apart)
 
 
 def _populations(layer: nn.Module) -> Iterator[RunningStats]:
@@ -82,29 +110,20 @@ def _populations(layer: nn.Module) -> Iterator[RunningStats]:
                 yield RunningStats(mean, var, buffers.get(f"{prefix}num_batches_tracked"))
 
 
-def _check(populations: Mapping[str, Sequence[RunningStats]], count: float) -> None:
+def _checked(populations: Mapping[str, Sequence[RunningStats]], count: float) -> list[Tensor]:
+    """The count, and mean, variance and batches of every population, float64 on the CPU."""
     if not (count >= 0 and math.isfinite(count)):
         raise StatisticsError(f"count={count} images; pass how many images this rank's running statistics stand for")
+    none = torch.zeros((), dtype=torch.float64, device="cpu")
+    flat = [none if buffer is None else buffer for stats in populations.values() for each in stats for buffer in each]
+    values = fetch(flat)
+    rest = iter(values)
     for name, stats in populations.items() if count else ():
-        for key in ("mean", "var"):
-            if not all(getattr(s, key).isfinite().all() for s in stats):
-                raise StatisticsError(
-                    f"BN layer {name!r} has a running_{key} that is not finite; roll back to statistics from before "
-                    "the overflow, or recompute them with precise_bn"
-                )
-
-
-def _merge(populations: Sequence[RunningStats], count: float, group: ProcessGroup) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of each buffer and its merged value."""
-    counters = [counter for stats in populations if (counter := stats[2]) is not None]
-    flat = [torch.tensor([float(count)]), *counters, *(buffer for stats in populations for buffer in stats[:2])]
-    rows = gather_in_rank_order(torch.cat([t.detach().cpu().double().reshape(-1) for t in flat]), group)
-    weights, *parts = torch.split(rows, [t.numel() for t in flat], dim=1)
-    if not weights.sum():
-        raise StatisticsError("no rank has seen an image (count=0 everywhere); merge after the first training batch")
-    pairs = [(old, new.max()) for old, new in zip(counters, parts, strict=False)]
-    buffers = parts[len(counters) :]
-    for stats, means, variances in zip(populations, buffers[::2], buffers[1::2], strict=True):
-        pooled = Moments.pool(weights[:, 0], means, variances * weights)
-        pairs += [(stats.mean, pooled.mean), (stats.var, pooled.var)]
-    return [(old, new.to(old.device, old.dtype).reshape(old.shape)) for old, new in pairs]
+        for _ in stats:
+            for key, value in zip(("mean", "var", ""), (next(rest), next(rest), next(rest)), strict=True):
+                if key and not value.isfinite().all():
+                    raise StatisticsError(
+                        f"BN layer {name!r} has a running_{key} that is not finite; roll back to statistics from "
+                        "before the overflow, or recompute them with precise_bn"
+                    )
+    return [torch.tensor([float(count)], dtype=torch.float64, device="cpu"), *values]

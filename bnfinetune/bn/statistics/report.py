@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnfinetune.bn.statistics.sampling_error import SamplingError
+from bnfinetune.bn.saved_report import SavedReport
+from bnfinetune.bn.statistics.label_order import is_read_in_stored_order
+from bnfinetune.bn.statistics.layer_statistics import LayerStatistics, NewStatistics
+from bnfinetune.bn.statistics.sampling_error import MIN_GROUPS
+from bnfinetune.bn.statistics.statistics_pass import Limits, Pass
+from bnfinetune.bn.statistics.transfers import fetch
+
+_NOTABLE_CORRELATION = 0.3
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class LayerChange:
 
 
 @dataclass(frozen=True)
-class PreciseBNReport:
+class PreciseBNReport(SavedReport):
     """The outcome of one pass; `print(report)` shows a table, `report.save(path)` writes JSON.
 
     Attributes:
@@ -86,11 +93,7 @@ class PreciseBNReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers, strings, lists and dicts."""
-        return {**asdict(self), "reread": list(self.reread), "converged": self.converged}
-
-    def save(self, path: str | Path) -> None:
-        """Writes the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        return {**super().to_dict(), "reread": list(self.reread), "converged": self.converged}
 
     def __str__(self) -> str:
         return "\n".join([self._headline(), *self._table(), *self._remarks()])
@@ -122,35 +125,63 @@ class PreciseBNReport:
         return lines + [f"warning: {text}" for text in self.warnings]
 
 
-def layer_change(
-    old: tuple[Tensor, Tensor],
-    new: tuple[Tensor, Tensor],
-    eps: float,
-    values: float,
-    error: SamplingError | None,
-    reread: bool,
-) -> LayerChange:
-    """Compares a layer's old and new statistics.
+def layer_changes(
+    statistics: Mapping[str, LayerStatistics], new: Mapping[str, NewStatistics]
+) -> dict[str, LayerChange]:
+    """Compares new statistics with those that the model still holds."""
+    held = fetch([buffer for name in new for buffer in statistics[name].buffers[:2]])
+    return {
+        name: _change(mean, var, statistics[name].eps, new[name])
+        for name, mean, var in zip(new, held[::2], held[1::2], strict=True)
+    }
 
-    Args:
-        old: mean and variance, each (C,), float64.
-        new: likewise.
-        eps: the layer's eps.
-        values: values per channel behind the new statistics.
-        error: their estimated error; None if unknown.
-        reread: whether inputs were read a second time.
-    """
-    (old_mean, old_var), (new_mean, new_var) = old, new
-    shifts = (new_mean - old_mean).abs() / (old_var + eps).sqrt()
-    ratios = (new_var + eps) / (old_var + eps)
-    known = error is not None and math.isfinite(error.worst)
+
+def _change(mean: Tensor, var: Tensor, eps: float, new: NewStatistics) -> LayerChange:
+    shifts = (new.mean - mean).abs() / (var + eps).sqrt()
+    ratios = (new.var + eps) / (var + eps)
+    error = new.error if new.error is not None and math.isfinite(new.error.worst) else None
     return LayerChange(
-        values=int(values),
+        values=int(new.values),
         mean_shift=shifts.max().item(),
         mean_shift_rms=torch.linalg.vector_norm(shifts).item() / len(shifts) ** 0.5,
         var_ratio_min=ratios.min().item(),
         var_ratio_max=ratios.max().item(),
-        error_mean=error.mean if error and known else None,
-        error_var=error.var if error and known else None,
-        reread=reread,
+        error_mean=None if error is None else error.mean,
+        error_var=None if error is None else error.var,
+        reread=new.reread,
     )
+
+
+def doubts(run: Pass, new: Mapping[str, NewStatistics], limits: Limits, data: Any) -> tuple[str, ...]:
+    """Reasons not to trust that a tolerance was reached; none without a tolerance."""
+    if limits.tolerance is None:
+        return ()
+    errors = {name: stats.error for name, stats in new.items() if stats.error is not None}
+    found = []
+    worst = max(errors, key=lambda name: errors[name].worst, default=None)
+    if not run.stopped_early and worst is not None and errors[worst].worst > limits.tolerance:
+        found.append(
+            f"tolerance={limits.tolerance:g} was not reached: {run.samples} samples leave an estimated error of "
+            f"{errors[worst].worst:.2g} (BN layer {worst!r}); give more data or a larger tolerance"
+        )
+    if run.batches < MIN_GROUPS:
+        found.append(
+            f"only {run.batches} batches: their spread says little about the error; "
+            f"use at least {MIN_GROUPS}, if need be of fewer samples"
+        )
+    if run.labels.is_sorted:
+        found.append(
+            "batches come sorted by class, so the estimated error says nothing about classes still to come, and the "
+            "pass did not stop early; shuffle the data"
+        )
+    elif errors and (correlation := median(error.correlation for error in errors.values())) > _NOTABLE_CORRELATION:
+        found.append(
+            f"neighbouring batches resemble each other (correlation {correlation:.2f}), as in sorted data; "
+            "the estimated error allows for that, but shuffled data would need fewer samples"
+        )
+    if run.stopped_early and not run.labels.seen and is_read_in_stored_order(data):
+        found.append(
+            "the loader reads its data set in stored order and stopped before the end; if that order is not random, "
+            "the statistics are not those of the whole set: use shuffle=True"
+        )
+    return tuple(found)

@@ -28,8 +28,7 @@ import torch
 from torch import Tensor
 
 from bnfinetune.bn.statistics.collectives import ProcessGroup, gather_in_rank_order
-from bnfinetune.bn.statistics.moments import Moments
-from bnfinetune.bn.statistics.recorder import Rows
+from bnfinetune.bn.statistics.moments import Moments, Rows
 
 MAX_GROUPS = 64
 MIN_GROUPS = 8
@@ -72,7 +71,7 @@ class BatchGroups:
     """
 
     def __init__(self, channels: int) -> None:
-        none = torch.zeros(0, channels, dtype=torch.float64)
+        none = torch.zeros(0, channels, dtype=torch.float64, device="cpu")
         self._groups = self._open = Rows(none[:, 0], none, none)
         self._span = 1
         self._held = 0
@@ -137,7 +136,7 @@ def _scatter(groups: BatchGroups, pooled: Moments, eps: float) -> tuple[Tensor, 
     shifts = weights * shifts
     scaled = shifts / (var + eps).sqrt()
     neighbours = (scaled[1:] * scaled[:-1]).sum(), scaled.square().sum()
-    correlation = torch.stack([*neighbours, torch.tensor(float(len(counts)), dtype=torch.float64)])
+    correlation = torch.stack([*neighbours, counts.new_tensor(len(counts))])
     return shifts.square().sum(0), off.square().sum(0), correlation
 
 

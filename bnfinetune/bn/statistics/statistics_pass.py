@@ -10,18 +10,18 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
 
-from bnfinetune.bn.statistics.batches import Batch, Feed, first_rows, labels_of
+from bnfinetune.bn.statistics.batches import Batch, BatchReader, first_samples, labels_of
 from bnfinetune.bn.statistics.collectives import ProcessGroup, is_distributed, share
-from bnfinetune.bn.statistics.estimators import Estimator
 from bnfinetune.bn.statistics.label_order import LabelOrder
+from bnfinetune.bn.statistics.layer_statistics import LayerStatistics, NewStatistics
 from bnfinetune.bn.statistics.moments import Moments, all_reduce_moments
-from bnfinetune.bn.statistics.recorder import BLOCK, LayerRecorder
-from bnfinetune.bn.statistics.sampling_error import MIN_GROUPS, BatchGroups, SamplingError, sampling_errors
+from bnfinetune.bn.statistics.recorder import BLOCK, drain
+from bnfinetune.bn.statistics.sampling_error import MIN_GROUPS, SamplingError, sampling_errors
 from bnfinetune.errors import ShortDataError, StatisticsError
 
 
@@ -52,38 +52,6 @@ class Limits:
             raise StatisticsError("num_batches and num_samples are both given; choose one of them")
 
 
-class LayerStatistics:
-    """What one layer's batches amount to on this rank.
-
-    Args:
-        recorder: the layer's recorder.
-        channels: how many channels it has.
-        estimator: how its statistics come about.
-    """
-
-    def __init__(self, recorder: LayerRecorder, channels: int, estimator: Estimator) -> None:
-        self.recorder = recorder
-        self.estimator = estimator
-        self.groups = BatchGroups(channels)
-        self.calls = 0
-
-    @property
-    def eps(self) -> float:
-        """The layer's eps."""
-        return cast(float, self.recorder.layer.eps)
-
-    def collect(self, batches: int) -> None:
-        """Takes over what the recorder holds of the last `batches` batches."""
-        rows = self.recorder.drain()
-        if rows is None:
-            return
-        self.calls += len(rows.counts)
-        self.estimator.add(rows)
-        # Calls within one forward see the same images; only whole batches are independent of each other.
-        calls, rest = divmod(len(rows.counts), batches)
-        self.groups.add(rows if rest else rows.pooled(calls))
-
-
 class Pass:
     """One pass over the data; `run` feeds the recorders until a limit is reached.
 
@@ -101,6 +69,7 @@ class Pass:
         samples: samples run, likewise; batches whose samples cannot be told count none.
         stopped_early: whether the tolerance ended the pass.
         labels: what the labels in the batches say of their order; followed only under a tolerance.
+        views: tensors of images in each batch so far, at most; one is read.
     """
 
     def __init__(
@@ -115,7 +84,7 @@ class Pass:
         group: ProcessGroup = None,
     ) -> None:
         self._call = call
-        self._feed = Feed(data, drop_padding=drop_padding)
+        self._reader = BatchReader(data, drop_padding=drop_padding)
         self._statistics = statistics
         self._limits = limits
         self._group = group
@@ -150,11 +119,40 @@ class Pass:
         if not self.batches:
             raise StatisticsError("the data holds no batch; check the loader (a generator can be read only once)")
 
-    def moments(self) -> list[Moments]:
+    @property
+    def views(self) -> int:
+        return self._reader.views
+
+    def new_statistics(self, with_errors: bool) -> dict[str, NewStatistics]:
+        """Works out the statistics of all ranks together; layers that no batch reached are left out.
+
+        Args:
+            with_errors: whether the pooled moments' errors are those of the statistics.
+        """
+        layers = list(self._statistics.values())
+        pooled = self._moments()
+        own = all_reduce_moments([layer.estimator.moments() for layer in layers], self._group)
+        errors: Sequence[SamplingError | None] = self._errors(pooled) if with_errors else [None] * len(pooled)
+        numbers = [float(number) for layer in layers for number in (layer.calls, layer.recorder.reread or False)]
+        by_rank = share(lambda: numbers, len(numbers), self._group)
+        most = [max(ranks) for ranks in zip(*by_rank, strict=True)]
+        return {
+            name: NewStatistics(
+                *layers[i].estimator.result(pooled[i], own[i]),
+                values=pooled[i].count,
+                calls=int(most[2 * i]),
+                reread=bool(most[2 * i + 1]),
+                error=errors[i],
+            )
+            for i, name in enumerate(self._statistics)
+            if pooled[i].count
+        }
+
+    def _moments(self) -> list[Moments]:
         """The moments of all values, layer by layer, over all ranks."""
         return all_reduce_moments([layer.groups.moments() for layer in self._statistics.values()], self._group)
 
-    def errors(self, pooled: Sequence[Moments]) -> list[SamplingError]:
+    def _errors(self, pooled: Sequence[Moments]) -> list[SamplingError]:
         """The estimated errors of these moments, layer by layer."""
         layers = self._statistics.values()
         return sampling_errors([layer.groups for layer in layers], pooled, [layer.eps for layer in layers], self._group)
@@ -169,11 +167,11 @@ class Pass:
 
     def _run_some(self) -> tuple[float, float]:
         """Runs a few batches; says whether there may be more, and whether they look sorted by class."""
-        limit = self._limits.num_batches
+        limit, before = self._limits.num_batches, self.batches
         for _ in range(self._stride):
             if self.batches == limit:
                 break
-            batch = self._feed.next_batch()
+            batch = self._reader.next_batch()
             if batch is None:
                 if limit is not None:
                     raise ShortDataError(
@@ -182,7 +180,7 @@ class Pass:
                     )
                 break
             self._run_one(batch)
-        has_more = self._pending == self._stride and self.batches != limit
+        has_more = self.batches - before == self._stride and self.batches != limit
         self._collect()
         return has_more, self.labels.is_sorted
 
@@ -190,36 +188,33 @@ class Pass:
         rank = dist.get_rank(self._group) if is_distributed(self._group) else 0
         total = 0
         for step in itertools.count(1):
-            rows = [int(held) for (held,) in share(self._look_ahead, 1, self._group)]
-            if not any(rows):
+            held = [int(samples) for (samples,) in share(self._look_ahead, 1, self._group)]
+            if not any(held):
                 raise ShortDataError(
                     f"the data ended after {total} samples, before num_samples={wanted}; "
                     "ask for fewer, or give more data"
                 )
-            mine = min(max(wanted - total - sum(rows[:rank]), 0), rows[rank])
-            ranks = share(partial(self._run_rows, mine), 1, self._group)
-            total += sum(rows)
+            mine = min(max(wanted - total - sum(held[:rank]), 0), held[rank])
+            ranks = share(partial(self._run_ahead, mine), 1, self._group)
+            total += sum(held)
             if total >= wanted or self._is_sure(step, any(is_sorted for (is_sorted,) in ranks)):
                 return
 
     def _look_ahead(self) -> tuple[int]:
-        """Reads the next batch, to be run by `_run_rows`; gives its rows, 0 at the end of the data."""
-        self._ahead = self._feed.next_batch()
+        """Reads the next batch, to be run by `_run_ahead`; gives its samples, 0 at the end of the data."""
+        self._ahead = self._reader.next_batch()
         if self._ahead is None:
             return (0,)
-        if self._ahead.rows is None:
+        if self._ahead.samples is None:
             raise StatisticsError(
                 "num_samples needs batches with tensors whose first dimension counts samples; use num_batches instead"
             )
-        return (self._ahead.rows,)
+        return (self._ahead.samples,)
 
-    def _run_rows(self, rows: int) -> tuple[float]:
-        """Runs the leading rows of the batch that was read ahead; says whether batches look sorted by class."""
-        if rows and self._ahead is not None:
-            data, held = self._ahead
-            self._run_one(Batch(data if held == rows else first_rows(data, rows, cast(int, held)), rows))
-            if self._pending == self._stride:
-                self._collect()
+    def _run_ahead(self, samples: int) -> tuple[float]:
+        """Runs the first samples of the batch that was read ahead; says whether batches look sorted by class."""
+        if samples and self._ahead is not None:
+            self._run_one(Batch(first_samples(self._ahead.data, samples), samples))
         return (self.labels.is_sorted,)
 
     def _run_one(self, batch: Batch) -> None:
@@ -227,14 +222,18 @@ class Pass:
         if self._limits.tolerance is not None and (labels := labels_of(batch.data)) is not None:
             self.labels.add(labels)
         self.batches += 1
-        self.samples += batch.rows or 0
+        self.samples += batch.samples or 0
         self._pending += 1
         self._bar.update()
+        # the first batch at once: it shows which layers must be read again
+        if self.batches == 1 or self._pending == self._stride:
+            self._collect()
 
     def _collect(self) -> None:
         if self._pending:
-            for layer in self._statistics.values():
-                layer.collect(self._pending)
+            rows = drain({name: layer.recorder for name, layer in self._statistics.items()})
+            for name in rows:
+                self._statistics[name].add(rows[name], self._pending)
             self._pending = 0
 
     def _finish(self) -> tuple[int, int]:
@@ -246,8 +245,8 @@ class Pass:
         if self._limits.tolerance is None or step < self._next_check:
             return False
         self._next_check = step + max(2, step // 10)
-        pooled = self.moments()
-        called = [error for error, part in zip(self.errors(pooled), pooled, strict=True) if part.count]
+        pooled = self._moments()
+        called = [error for error, part in zip(self._errors(pooled), pooled, strict=True) if part.count]
         enough = all(error.groups >= MIN_GROUPS and error.worst <= self._limits.tolerance for error in called)
         self.stopped_early = enough and bool(called) and not is_sorted
         return self.stopped_early

@@ -7,11 +7,48 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from bnfinetune.bn.layers import find_bn_layers, native_class, unwrap, walk_modules
+from bnfinetune.bn.layers import find_bn_layers, is_scripted, native_class, unwrap, walk_modules
+from bnfinetune.bn.policy.marks import replaced_layers
+from bnfinetune.bn.policy.state import Switches
 from bnfinetune.diagnose.case import Case
 from bnfinetune.diagnose.registry import Trouble, rule
 
 _OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+@rule(
+    "BN112",
+    "a converter replaced layers that were under a policy",
+    "error",
+    why="The new layers know nothing of the policy: they normalise, update and train as their own class does.",
+)
+def replaced_under_policy(case: Case) -> Iterator[Trouble]:
+    """**Symptom.** Statistics that were frozen move again, or what a policy set has no effect any more.
+
+    **Cause.** Converters build new layers: `nn.SyncBatchNorm.convert_sync_batchnorm` makes live ones of frozen ones,
+    timm's `freeze_batch_norm_2d` takes the optimizer's Parameters away. Policies belong to the layers that were there.
+
+    **Found by.** A parent of BN layers remembers which of its children a policy took over; one of them is now a BN
+    layer without a policy. `bnf.restore_bn` forgets.
+
+    ```python
+    bnf.freeze_bn(model)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)       # the pitfall: all statistics move again
+
+    bnf.convert_sync_bn(model)                                   # repaired: frozen layers stay frozen
+    ```
+    """
+    groups: dict[Switches, list[str]] = {}
+    for name, switches in replaced_layers(case.model).items():
+        groups.setdefault(switches, []).append(name)
+    for switches, names in groups.items():
+        settings = [f'{switch}="{value}"' for switch, value in switches._asdict().items()]
+        yield Trouble(
+            tuple(names),
+            f"{len(names)} layers were under a policy ({', '.join(switches)}) and are now a "
+            f"{type(case.layers[names[0]]).__name__} without one",
+            case.policy(names, *settings),
+        )
 
 
 @rule(
@@ -50,12 +87,12 @@ def dropped_activation(case: Case) -> Iterator[Trouble]:
 
 
 def _holds_activation(layer: nn.Module) -> bool:
-    return not isinstance(layer._modules.get("act"), nn.Identity | None)
+    return not isinstance(getattr(layer, "act", None), nn.Identity | None)
 
 
 def _activates(layer: nn.Module) -> bool:
     """Whether the layer applies the activation that it holds: the classes of torch and torchvision call no child."""
-    plain = native_class(layer).__module__.partition(".")[0] in ("torch", "torchvision")
+    plain = native_class(layer).__module__.partition(".")[0] in ("torch", "torchvision") and not is_scripted(layer)
     return _holds_activation(layer) and not plain
 
 

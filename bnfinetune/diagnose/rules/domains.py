@@ -162,7 +162,8 @@ def mixed_domains(case: Case) -> Iterator[Trouble]:
     ```python
     loss = criterion(model(clean), labels) + criterion(model(adversarial), labels)     # the pitfall
 
-    with bnf.domain(model, "adversarial"):                                             # repaired
+    bnf.apply_policy(model, bnf.BNPolicy(domains="adversarial"))                       # repaired
+    with bnf.domain(model, "adversarial"):
         loss = loss + criterion(model(adversarial), labels)
     ```
     """
@@ -178,7 +179,7 @@ def mixed_domains(case: Case) -> Iterator[Trouble]:
         yield Trouble(
             updating,
             f"inputs of forward {place + 1} of each step are off from the first's by {offset:.2f} standard deviations",
-            "with bnf.domain(model, 'second'): output = model(second)",
+            "with bnf.domain(bnf.apply_policy(model, bnf.BNPolicy(domains='new')), 'new'): output = model(second)",
         )
 
 

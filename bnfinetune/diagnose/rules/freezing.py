@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnfinetune.bn.policy.switched_layer import trainable
+from bnfinetune.bn.policy.switched_layer import state_of, trainable
 from bnfinetune.diagnose.case import Case
 from bnfinetune.diagnose.facts import trains_only_head
 from bnfinetune.diagnose.registry import Trouble, rule
@@ -230,3 +230,38 @@ def unusual_momentum(case: Case) -> Iterator[Trouble]:
                 case.policy(names, 'update_stats="ema"', "momentum=0.1"),
                 "bn.update_stats=ema bn.momentum=0.1",
             )
+
+
+@rule(
+    "BN113",
+    "requires_grad undid the freeze of weight and bias",
+    "error",
+    why="A policy froze them; whoever set requires_grad since lets them learn again.",
+)
+def undone_by_requires_grad(case: Case) -> Iterator[Trouble]:
+    """**Symptom.** Weight and bias of layers that were frozen move, while their statistics stay.
+
+    **Cause.** Code that switches whole networks, such as `model.requires_grad_(True)` in GAN loops and gradual
+    unfreezing, sets every Parameter, those that a policy froze too.
+
+    **Found by.** Layers whose affine a policy has frozen and of which a Parameter has `requires_grad`.
+
+    ```python
+    bnf.freeze_bn(model)
+    model.requires_grad_(True)                           # the pitfall: weight and bias learn again
+
+    bnf.freeze_bn(model, stats=False)                    # repaired; bnf.unfreeze_bn(model, stats=False) if it is meant
+    ```
+    """
+    thawed = [
+        name
+        for name, layer in case.layers.items()
+        if (state := state_of(layer)) is not None and state.affine_frozen and True in trainable(layer)
+    ]
+    if thawed:
+        yield Trouble(
+            tuple(thawed),
+            f"a policy froze weight and bias of {len(thawed)} layers that learn again",
+            case.call("freeze_bn", thawed, "stats=False"),
+            "bn.affine=frozen",
+        )

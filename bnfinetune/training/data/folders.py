@@ -84,11 +84,12 @@ def find_splits(root: Path, holding: Sequence[Path], data: Data) -> list[Path]:
             f"data.train_split, data.val_split and data.test_split, or, if they are classes, by {_as_classes(holding)}"
         )
     inner = {tuple(each.name for each in folders_in(folder)) for folder in structured}
-    if not splits and len(structured) == len(holding) > 1 and len(inner) == 1 and len(*inner) > 1:
+    shared = inner.pop() if len(inner) == 1 else ()
+    if not splits and len(structured) == len(holding) > 1 and len(shared) > 1:
         note(
-            f"data.source: the folders {listed(folder.name for folder in structured)} of {printable(root)} hold folders "
-            f"of the same names ({listed(*inner, 3)}) and are taken for classes; if they are splits, name them by "
-            "data.train_split, data.val_split and data.test_split"
+            f"data.source: the folders {listed(folder.name for folder in structured)} of {printable(root)} hold "
+            f"folders of the same names ({listed(shared, 3)}) and are taken for classes; if they are splits, name them "
+            "by data.train_split, data.val_split and data.test_split"
         )
     return splits
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+
+from bnfinetune.errors import nearest
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the choice nearest to a name, or nothing."""
-    matches = get_close_matches(name, list(choices), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    near = nearest(name, choices)
+    return f"; did you mean {near!r}?" if near else ""  # quoted: it comes from the data and may hold anything
 
 
 def listed(names: Iterable[object], limit: int = 8) -> str:

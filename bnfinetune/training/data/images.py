@@ -200,7 +200,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _is_wide(image: Image.Image) -> bool:
     """Whether an image that has not been decoded yet holds more than 8 bits a value; colours, as PNG files alone."""
-    return _is_wide_grey(image) or (image.format == "PNG" and ";16" in str(image.tile))
+    return _is_wide_grey(image) or (image.format == "PNG" and ";16" in str(vars(image)["tile"]))
 
 
 def _is_wide_grey(image: Image.Image) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_all_start_methods, get_start_method
 from typing import Any, Final
 
 import numpy as np
@@ -53,7 +54,7 @@ class ImageLoader(DataLoader[Any]):
             num_workers=workers,
             collate_fn=_as_it_is,  # type: ignore[arg-type]  # the reader has assembled the batch
             pin_memory=device.type == "cuda",
-            persistent_workers=persistent and workers > 0,
+            persistent_workers=workers > 0 and (persistent or _starts_slowly()),
             generator=torch.Generator(),
             worker_init_fn=_leave_signals,
         )
@@ -83,9 +84,12 @@ class ImageLoader(DataLoader[Any]):
         Raises:
             DataError: An image is unreadable (`data.on_error=raise`), or a worker was killed.
         """
+        yield from self._read(self.finish)
+
+    def _read(self, finish: Callable[[Tensor], Tensor]) -> Iterator[Any]:
         self._running = super().__iter__()
         try:
-            yield from self._emitted(self._running)
+            yield from self._emitted(self._running, finish)
         except (DataError, RuntimeError) as error:
             self.close()
             if "DataLoader worker" not in str(error):
@@ -97,13 +101,13 @@ class ImageLoader(DataLoader[Any]):
             if not self.persistent_workers:
                 self.close()
 
-    def _emitted(self, batches: Iterator[Batch | Failure]) -> Iterator[Any]:
+    def _emitted(self, batches: Iterator[Batch | Failure], finish: Callable[[Tensor], Tensor]) -> Iterator[Any]:
         for batch in batches:
             if isinstance(batch, Failure):
                 raise DataError(batch.message)
             self.skipped.update(dict.fromkeys(batch.skipped))
             if len(batch.labels):
-                yield self.emit(batch._replace(images=self.finish(batch.images)))
+                yield self.emit(batch._replace(images=finish(batch.images)))
 
     def finish(self, images: Tensor) -> Tensor:
         """The images of a `Batch` as floats (B, C, H, W) on the device."""
@@ -153,8 +157,12 @@ class TrainLoader(ImageLoader):
         dropped: int = self._sampler.drop_remainder(min_size)
         return dropped
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
-        yield from super().__iter__()
+    def as_read(self) -> Iterator[tuple[Tensor, ...]]:
+        """Iterate over batches whose images are still as they were read, on the CPU: `finish` makes floats of them."""
+        yield from self._read(lambda images: images)
+
+    def _read(self, finish: Callable[[Tensor], Tensor]) -> Iterator[Any]:
+        yield from super()._read(finish)
         self._sampler.set_position(self._sampler.epoch + 1)
 
     @property
@@ -191,6 +199,11 @@ class Loaders:
     stats: ImageLoader
     augmented_stats: ImageLoader
     targets: Mapping[str, ImageLoader]
+
+    @property
+    def measured(self) -> dict[str, EvalLoader]:
+        """The splits that networks are measured on, the last of them the one that counts."""
+        return {"validation": self.val} | ({} if self.test is None else {"test": self.test})
 
     @property
     def skipped(self) -> list[str]:
@@ -346,6 +359,11 @@ def default_workers(data: Data, world_size: int) -> int:
 def _cores() -> int:
     """Cores that this process may use, as far as the system tells."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _starts_slowly() -> bool:
+    """Whether a process imports everything anew; asking does not settle the method."""
+    return (get_start_method(allow_none=True) or get_all_start_methods()[0]) != "fork"
 
 
 def _leave_signals(worker: int) -> None:

@@ -6,6 +6,7 @@ Values are kept as they are written: a class may be called None, NA or nan.
 from __future__ import annotations
 
 import csv
+import glob
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,16 +86,19 @@ def _useful(file: Path, data: Data) -> list[Row] | None:
 def _read(file: Path) -> list[Row]:
     try:
         if file.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            return list(pq.read_table(file).to_pylist())
+            rows: list[Row] = datasets.load_dataset(
+                "parquet", data_files={"train": glob.escape(str(file))}, split="train"
+            ).to_list()
+            return rows
         with file.open(encoding="utf-8-sig", newline="") as lines:
             if file.suffix == ".jsonl":
                 return [json.loads(line) for line in lines if line.strip()]
             head = lines.readline()
             lines.seek(0)
             delimiter = next((mark for mark in (",", ";", "\t") if mark in head), ",")
-            return [{k: v for k, v in row.items() if k is not None} for row in csv.DictReader(lines, delimiter=delimiter)]
+            return [
+                {k: v for k, v in row.items() if k is not None} for row in csv.DictReader(lines, delimiter=delimiter)
+            ]
     except Exception as error:  # OSError, UnicodeError, and what csv, json and Arrow raise
         raise DataError(f"data.source: {printable(file)} cannot be read: {first_line(error)}") from error
 
@@ -123,7 +127,9 @@ def _table(rows: Sequence[Mapping[str, Any]], root: Path) -> datasets.Dataset:
     try:
         return datasets.Dataset.from_dict(columns).cast_column(IMAGE, datasets.Image(decode=False))
     except Exception as error:  # Arrow's, where a column mixes types
-        raise DataError(f"data.source: the metadata of {printable(root)} cannot be used: {first_line(error)}") from error
+        raise DataError(
+            f"data.source: the metadata of {printable(root)} cannot be used: {first_line(error)}"
+        ) from error
 
 
 def _numbers(values: list[Any]) -> list[Any]:

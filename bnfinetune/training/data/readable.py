@@ -11,9 +11,9 @@ import datasets
 import numpy as np
 
 from bnfinetune.errors import DataError
-from bnfinetune.training.data.walking import printable
 from bnfinetune.training.data.images import check_header, open_image, wide_extremes
 from bnfinetune.training.data.levels import Levels, levels_of
+from bnfinetune.training.data.walking import printable
 
 _SMALL_BYTES: Final = 32 * 2**20  # a split of fewer bytes and images is decoded as a whole, in a few seconds
 _SMALL_IMAGES: Final = 10_000

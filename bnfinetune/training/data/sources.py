@@ -127,9 +127,7 @@ def _read_files(files: list[str], where: str, data: Data) -> dict[str, Any]:
         if names[0].lower().endswith(".tar"):
             return read_tars(names, streaming=data.streaming)
         literal = [glob.escape(name) for name in names]
-        return datasets.load_dataset(
-            "parquet", data_files={"train": literal}, split="train", streaming=data.streaming
-        )
+        return datasets.load_dataset("parquet", data_files={"train": literal}, split="train", streaming=data.streaming)
 
     return {split: _load(where, partial(load, names)) for split, names in _files_by_split(files).items()}
 

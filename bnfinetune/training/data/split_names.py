@@ -12,7 +12,9 @@ _WORDS: Final[dict[str, Role]] = {
     **dict.fromkeys(("validation", "validate", "valid", "val", "valset", "dev", "devset", "eval"), "val"),
     **dict.fromkeys(("test", "testing", "tst", "testset", "testdata"), "test"),
 }
-_FILLERS: Final = frozenset("set sets data dataset split folder images image imgs img pictures photos files of".split())
+_FILLERS: Final = frozenset(
+    ("set", "sets", "data", "dataset", "split", "folder", "images", "image", "imgs", "img", "pictures", "photos", "of")
+)
 _WORD: Final = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 

@@ -208,16 +208,20 @@ def _asked_split(role: str, name: str, found: list[str], source: str) -> str:
     same = same or [each for each in found if split_role(each) is not None and split_role(each) == split_role(name)]
     if len(same) == 1:
         return same[0]
-    raise DataError(f"data.{role}_split: {source} has no split {name!r}, only {listed(found)}{did_you_mean(name, found)}")
+    raise DataError(
+        f"data.{role}_split: {source} has no split {name!r}, only {listed(found)}{did_you_mean(name, found)}"
+    )
 
 
 def _whole(names: dict[str, str], found: list[str]) -> dict[str, str]:
     """The splits of a set of which nothing is trained on: `val` is what is measured, with `test` where both are."""
     if not names and len(found) == 1:
         names = {"train": found[0]}
-    if "val" not in names and names:
-        names = {**names, "val": names.pop("test", names.get("train"))}
-    return {"train": names["val"], **names} if names else {}
+    if not names:
+        return {}
+    if "val" not in names:
+        names = {**names, "val": names.pop("test") if "test" in names else names["train"]}
+    return {"train": names["val"], **names}
 
 
 def _measured_as(name: str, data: Data) -> str:

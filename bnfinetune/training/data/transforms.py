@@ -127,11 +127,15 @@ def build_transforms(data: Data, data_config: Mapping[str, Any]) -> Transforms:
     )
 
 
+def flip_probability(data: Data) -> float:
+    """How often a training image is mirrored: a mirrored character is another one."""
+    if data.augment.hflip is not None:
+        return data.augment.hflip
+    return 0.0 if data.source in DEMOS else 0.5
+
+
 def _augmentation(data: Data, shared: Mapping[str, Any]) -> Compose:
     augment = data.augment
-    hflip = augment.hflip
-    if hflip is None:
-        hflip = 0.0 if data.source in DEMOS else 0.5  # a mirrored character is another one
     try:
         return _geometry(
             create_transform(
@@ -139,7 +143,7 @@ def _augmentation(data: Data, shared: Mapping[str, Any]) -> Compose:
                 is_training=True,
                 scale=augment.scale,
                 ratio=augment.ratio,
-                hflip=hflip,
+                hflip=flip_probability(data),
                 vflip=augment.vflip,
                 color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]  # timm skips None, and it alone
                 auto_augment=augment.auto_augment,

@@ -15,11 +15,10 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from bnfinetune.bn.folding.fold import fold_bn, fold_report, unfold_bn, unfolded
+from bnfinetune.bn.folding.fold import fold_bn, fold_report, keep_folds, unfold_bn, unfolded
 from bnfinetune.bn.folding.layers import is_foldable
 from bnfinetune.bn.layers import bn_class, find_bn_layers, is_bn_layer
 from bnfinetune.recipe import Recipe
-from bnfinetune.training.loop.phases import sections_of
 from bnfinetune.training.network.backbone import input_config
 from bnfinetune.training.network.shapes import normalised_values
 
@@ -38,7 +37,7 @@ class Folding:
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         self.model = model
         has_bn = any(is_bn_layer(module) for module in model.modules())
-        modes = {section.fold for section in sections_of(recipe)}
+        modes = {section.fold for section in recipe.bn_sections}
         self.wanted, self.always = has_bn and "off" not in modes, "always" in modes
         self.batch_size = recipe.train.batch_size
         self.image = torch.zeros(1, *input_config(model, recipe.data.image_size)["input_size"])
@@ -62,6 +61,7 @@ class Folding:
         """Fold what can be folded now; call it after a change of policies."""
         if self._can_fold() and self._pays():
             fold_bn(self.model, self.image)
+            keep_folds(self.model)  # between pauses the loop makes all updates, through the optimizer
 
     @contextmanager
     def paused(self) -> Iterator[None]:

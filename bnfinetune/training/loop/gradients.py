@@ -25,12 +25,16 @@ _REMEDIES = (
 
 
 class Gradients:
-    """Runs forward and backward over the micro-batches of an update, each weighted by its number of images.
+    """Runs forward and backward over the micro-batches of an update: each image of all ranks weighs the same.
 
     With `train.auto_batch`, an update that does not fit into memory is begun again with every micro-batch in twice as
     many pieces, down to single images. The gradient is the same mean over the same images, so the global batch stays
     as it is; what is drawn in the network (dropout) is drawn per piece. Ranks may use different numbers of pieces:
-    they exchange gradients once, after the last backward, and not during it.
+    they exchange gradients once, after the last backward, and not during it. Nor can DDP exchange them during it where
+    domains have an affine of their own, since a batch need not hold images of each.
+
+    Attributes:
+        exchanges: Whether ranks exchange gradients here, and not in DDP.
 
     Args:
         recipe: Batch size and `train.auto_batch`.
@@ -41,26 +45,39 @@ class Gradients:
     def __init__(self, recipe: Recipe, accelerator: Accelerator, pieces: int = 1) -> None:
         self._accelerator = accelerator
         self._automatic = recipe.train.auto_batch
+        own_affine = any(section.domain_affine == "own" for section in recipe.bn_sections)
+        self.exchanges = accelerator.num_processes > 1 and (self._automatic or own_affine)
         self._setting = f"train.batch_size={recipe.train.batch_size} per process"
         self.pieces = pieces
+
+    def count(self, group: Sequence[Batch]) -> int:
+        """Images of an update over all ranks, of which this one holds `group`."""
+        images = sum(len(batch[0]) for batch in group)
+        if self._accelerator.num_processes == 1:
+            return images
+        total = torch.tensor(images, device=self._accelerator.device)
+        torch.distributed.all_reduce(total)
+        return int(total)
 
     def compute(
         self,
         forward: nn.Module,
         group: Sequence[Batch],
+        images: int,
         prepare: Callable[[Batch, int], Batch],
         loss_of: Callable[[Batch], Tensor],
     ) -> Tensor:
-        """Leave the gradient of the mean loss of `group` in the parameters.
+        """Leave the gradient of the mean loss of an update's images in the parameters.
 
         Args:
             forward: The network as training calls it.
             group: Micro-batches as the loader gives them.
+            images: From `count`.
             prepare: Mixes the micro-batch of a number and brings it to the device, the same each time.
             loss_of: The mean loss of a piece of a prepared micro-batch, from a call of `forward`.
 
         Returns:
-            The mean loss of this rank's images, a scalar without gradient.
+            This rank's share of the mean loss, a scalar without gradient: its mean over the ranks is that over images.
 
         Raises:
             TrainingError: The memory does not suffice.
@@ -71,7 +88,7 @@ class Gradients:
             largest = max(-(-len(batch[0]) // self.pieces) for batch in group)
             try:
                 with enough_memory(device, self._setting, _REMEDIES):
-                    return self._backward(forward, group, prepare, loss_of)
+                    return self._backward(forward, group, images, prepare, loss_of)
             except TrainingError as error:
                 if draws is None or error.__cause__ is None or not is_out_of_memory(error.__cause__):
                     raise
@@ -88,27 +105,41 @@ class Gradients:
         self,
         forward: nn.Module,
         group: Sequence[Batch],
+        images: int,
         prepare: Callable[[Batch, int], Batch],
         loss_of: Callable[[Batch], Tensor],
     ) -> Tensor:
-        total = sum(len(batch[0]) for batch in group)
+        total = images / self._accelerator.num_processes  # ranks' gradients are averaged, not summed
         loss_sum = torch.zeros((), device=self._accelerator.device)
         for number, batch in enumerate(group):
             last = number == len(group) - 1
             for piece in _cut(prepare(batch, number), self.pieces):
                 share = len(piece[0]) / total
-                with _exchange(forward, now=last and not self._automatic):
+                with _exchange(forward, now=last and not self.exchanges):
                     loss = loss_of(piece)
                     self._accelerator.backward(loss * share)
                 loss_sum += loss.detach() * share
-        if self._automatic and self._accelerator.num_processes > 1:
+        if self.exchanges:
             average_gradients(forward.parameters(), self._accelerator.num_processes)
         return loss_sum
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], ranks: int) -> None:
-    """Give every rank the mean of all ranks' gradients, in one all-reduce."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    """Give every rank the mean of all ranks' gradients, in two all-reduces.
+
+    A parameter without a gradient on a rank counts there as one of zero, and gets none if no rank has one.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    present = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.int32)
+    present = present.to(trained[0].device)
+    torch.distributed.all_reduce(present)
+    used = [parameter for parameter, count in zip(trained, present.tolist(), strict=True) if count]
+    if not used:
+        return
+    for parameter in used:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in used if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients]) / ranks
     torch.distributed.all_reduce(flat)
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):

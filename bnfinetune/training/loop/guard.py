@@ -19,7 +19,7 @@ from bnfinetune.training.loop.requests import Asked
 class StepGuard:
     """Judges an update before the optimizer makes it, and takes a bad one back out of the running statistics.
 
-    Several ranks agree by one all-reduce of three numbers per update, between backward and step; it also carries what
+    Several ranks agree by one exchange of four numbers per update, between backward and step; it also carries what
     signals and the clock have asked of any rank. One process needs none.
 
     Args:
@@ -45,22 +45,24 @@ class StepGuard:
         """Whether all ranks may make the update, and what they have been asked for.
 
         Args:
-            loss: Of this rank's images, a scalar.
+            loss: This rank's share, from `Gradients.compute`, a scalar.
             norm: A norm of the gradient, a scalar; None leaves the gradient to the scaler of mixed precision.
             pending: What this rank has been asked for.
 
         Returns:
-            The loss as a number, whether losses and gradient are finite on all ranks, and what any rank was asked for.
+            The mean loss of all ranks' images, whether losses and gradient are finite on all ranks, and what any rank
+            was asked for.
         """
         known = torch.stack([loss] if norm is None else [loss, norm.to(loss)])
         values = known.tolist()
         bad = not all(map(math.isfinite, values))
-        if self._accelerator.num_processes > 1:
-            facts = torch.tensor([bad, pending.save, pending.end_by], dtype=torch.int32, device=loss.device)
-            torch.distributed.all_reduce(facts, torch.distributed.ReduceOp.MAX)
-            bad, save, number = facts.tolist()
-            pending = Asked(bool(save), number)
-        return values[0], not bad, pending
+        if self._accelerator.num_processes == 1:
+            return values[0], not bad, pending
+        mine = torch.tensor([bad, pending.save, pending.end_by, values[0]], device=loss.device)
+        ranks = [torch.empty_like(mine) for _ in range(self._accelerator.num_processes)]
+        torch.distributed.all_gather(ranks, mine)
+        bads, saves, ends, losses = zip(*(rank.tolist() for rank in ranks), strict=True)
+        return sum(losses) / len(losses), not any(bads), Asked(any(saves), int(max(ends)))
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

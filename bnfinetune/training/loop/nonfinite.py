@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 from bnfinetune.bn.statistics.precise import evaluation_mode
-from bnfinetune.training.loop.gradients import Batch
-
-if TYPE_CHECKING:
-    from bnfinetune.training.loop.trainer import Trainer
+from bnfinetune.recipe import Recipe
+from bnfinetune.training.loop.progress import Progress
 
 
-def likely_cause(trainer: Trainer, group: Sequence[Batch]) -> str:
+def likely_cause(
+    recipe: Recipe, progress: Progress, model: nn.Module, accelerator: Accelerator, group: Sequence[Tensor]
+) -> str:
     """The likely cause and its remedy, for the end of a message.
 
     The network looks at the images again in evaluation mode: with the precision that was used, in float32, and image
     by image. What only float32 computes is lost to precision; what fails for single images is theirs; the rest is
     blamed on weights that were bad from the start or that too high a learning rate has driven off.
     """
-    recipe, progress = trainer.recipe, trainer.progress
     last = "the last state saved before is kept; go on from it with train.resume and the key in train.resume_allow"
-    used, exact = _finite_images(trainer, group, exact=False), _finite_images(trainer, group, exact=True)
-    if recipe.train.mixed_precision != "no" and exact > used:
+    used, exact = (_finite_images(model, accelerator, group, exact=exact) for exact in (False, True))
+    precision = accelerator.mixed_precision
+    if precision != "no" and exact > used:
         return (
-            f"train.mixed_precision={recipe.train.mixed_precision} overflows, float32 does not: "
-            f"use {'bf16 or ' if recipe.train.mixed_precision == 'fp16' else ''}no; {last}"
+            f"train.mixed_precision={precision} overflows, float32 does not: "
+            f"use {'bf16 or ' if precision == 'fp16' else ''}no; {last}"
         )
-    images = sum(len(batch[0]) for batch in group)
+    images = sum(map(len, group))
     if 0 < exact < images:
         return f"{images - exact} of the last {images} images alone give it: look for broken images; {last}"
     if progress.skipped == progress.update:
@@ -38,12 +39,12 @@ def likely_cause(trainer: Trainer, group: Sequence[Batch]) -> str:
 
 
 @torch.no_grad()
-def _finite_images(trainer: Trainer, group: Sequence[Batch], *, exact: bool) -> int:
+def _finite_images(model: nn.Module, accelerator: Accelerator, group: Sequence[Tensor], *, exact: bool) -> int:
     """Of how many images the network's outputs are finite, in float32 or in the precision that was used."""
-    device = trainer.accelerator.device
+    device = accelerator.device
     finite = 0
-    with evaluation_mode(trainer.model), trainer.accelerator.autocast():
-        for images, *_ in group:
+    with evaluation_mode(model), accelerator.autocast():
+        for images in group:
             with torch.autocast(device.type, enabled=False) if exact else torch.no_grad():
-                finite += int(trainer.model(images.to(device)).float().isfinite().all(1).sum())
+                finite += int(model(images.to(device)).float().isfinite().all(1).sum())
     return finite

@@ -6,10 +6,9 @@ import gc
 import inspect
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +17,6 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from bnfinetune.bn.layers import is_bn_layer
 from bnfinetune.bn.policy.domains import domain, export_domain
@@ -26,55 +24,31 @@ from bnfinetune.bn.policy.updates import StatSnapshot
 from bnfinetune.bn.statistics.ranks import merge_running_stats
 from bnfinetune.errors import CheckpointError, DataError, TrainingError
 from bnfinetune.recipe import Recipe
-from bnfinetune.training.data.from_recipe import domains_of, evaluated_domain
-from bnfinetune.training.data.loaders import Loaders
+from bnfinetune.training.data.loaders import Loaders, TrainLoader
 from bnfinetune.training.data.mixing import build_mixup
 from bnfinetune.training.loop.folding import Folding
 from bnfinetune.training.loop.gradients import Batch, Gradients, refuse_batch_statistics
 from bnfinetune.training.loop.guard import StepGuard, gradient_norm
 from bnfinetune.training.loop.nonfinite import likely_cause
 from bnfinetune.training.loop.phases import Phase, planned_phases
+from bnfinetune.training.loop.progress import Progress, rhythm_of, total_updates
 from bnfinetune.training.loop.requests import Asked, Requests, end_by
-from bnfinetune.training.measuring.measure import input_format
 from bnfinetune.training.measuring.recalibrate import recalibrate
-from bnfinetune.training.network.optim import build_optimizer, build_schedule
+from bnfinetune.training.network.optim import build_optimizer, build_schedule, count_steps, regroup
+from bnfinetune.training.network.shapes import input_format
 
 # torch 2.15 renamed DDP's switch
 _DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
 _KEEP_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
 
 
+Show = Callable[[Progress, str], None]
+
+
 class Pause(Protocol):
     """What the loop calls between updates."""
 
     def __call__(self, *, evaluate: bool) -> None: ...
-
-
-@dataclass
-class Progress:
-    """How far a run has come; saved with every state and restored from it."""
-
-    update: int = 0  # optimizer updates done
-    epoch: int = 0  # passes over the training split begun before this one
-    batch: int = 0  # batches of this epoch already used, per rank
-    images: int = 0  # images trained on, over all ranks
-    best: float | None = None  # best value of checkpoint.metric
-    best_update: int = 0
-    stale: int = 0  # evaluations since the best
-    seconds: float = 0.0  # time spent in updates
-    waiting: float = 0.0  # part of it spent waiting for data
-    stopped: bool = False  # by early stopping
-    skipped: int = 0  # updates whose loss or gradient was not finite
-    skipped_in_row: int = 0  # the last ones of them
-    pieces: int = 1  # that micro-batches are cut into, by train.auto_batch
-
-
-def total_updates(recipe: Recipe, batches: int | None) -> int:
-    """Optimizer updates of the whole run; `batches` per epoch and rank is None for a stream."""
-    if recipe.train.steps is not None:
-        return recipe.train.steps
-    assert batches is not None  # the recipe schema asks streams for train.steps
-    return recipe.train.epochs * math.ceil(batches / recipe.train.grad_accum)
 
 
 @dataclass
@@ -91,7 +65,7 @@ class Trainer:
     loaders: Loaders
     num_classes: int
     progress: Progress = field(default_factory=Progress)
-    losses: list[float] = field(default_factory=list)  # of the updates since the last evaluation
+    losses: list[tuple[float, int]] = field(default_factory=list)  # mean and images of updates since an evaluation
 
     def __post_init__(self) -> None:
         train = self.recipe.train
@@ -99,10 +73,14 @@ class Trainer:
         self.image_format = input_format(self.model)
         self.has_bn = any(is_bn_layer(module) for module in self.model.modules())
         self.updates = total_updates(self.recipe, self.loaders.train.batches)
-        self.domains = domains_of(self.recipe)
+        self.domains = self.recipe.domains
         self.phases = planned_phases(self.recipe, self.updates, self.updates_per_epoch)
-        self.optimizer = self._build_optimizer()
-        self.requests, self.asked = Requests(self.recipe.checkpoint.every_minutes), Asked()
+        self.optimizer = build_optimizer(self.model, self.recipe.optim)
+        self.stepper = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
+        self.steps_made = 0
+        count_steps(self.optimizer, self._note_step)
+        self.rhythm = rhythm_of(self.recipe, self.updates)
+        self.requests, self.asked = Requests(self.rhythm.minutes), Asked()
         self.settled = False  # whether all that belongs to the last update is done, and nothing of the next
         self.ema = None if train.ema is None else ModelEmaV3(self.model, decay=train.ema, use_warmup=True)
         self.folding = Folding(self.model, self.recipe)
@@ -120,9 +98,10 @@ class Trainer:
         self._set_up_step()
 
     def _set_up_step(self) -> None:
-        """Build what follows from the network's policies: the wrapper of several ranks, the guard of its statistics."""
+        """Build what follows from what trains now: schedule, wrapper of several ranks, guard of the statistics."""
         if self.recipe.train.auto_batch:
             refuse_batch_statistics(self.model)
+        self._set_up_schedule()
         self.guard = StepGuard(self.model, self.accelerator)
         self.gradients = Gradients(self.recipe, self.accelerator, self.progress.pieces)
         self.forward = self._wrap()
@@ -133,17 +112,13 @@ class Trainer:
         batches = self.loaders.train.batches
         return None if batches is None else math.ceil(batches / self.recipe.train.grad_accum)
 
-    def _build_optimizer(self, state: Mapping[Tensor, Any] | None = None) -> torch.optim.Optimizer:
-        """A new optimizer and schedule over what trains now, with the given state of parameters that still do."""
-        optimizer = build_optimizer(self.model, self.recipe.optim)
-        members = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        for parameter, values in (state or {}).items():
-            if parameter in members:
-                optimizer.state[parameter] = values
-        self.schedule = build_schedule(optimizer, self.recipe.optim.schedule, max(self.updates, 1))
+    def _set_up_schedule(self) -> None:
+        """Build the schedule of the optimizer's groups, at the present update."""
+        self.schedule = build_schedule(self.optimizer, self.recipe.optim.schedule, max(self.updates, 1))
         self.schedule.step_update(self.progress.update)
-        self.stepper = self.accelerator.prepare_optimizer(optimizer, device_placement=False)
-        return optimizer
+
+    def _note_step(self) -> None:
+        self.steps_made += 1
 
     def enter(self, phase: Phase) -> None:
         """Freeze or unfreeze BN layers; the optimizer and the ranks' wrapper follow what trains now.
@@ -159,7 +134,11 @@ class Trainer:
             )
         phase.apply(self.model)
         self.folding.refresh()
-        self.optimizer = self._build_optimizer(self.optimizer.state)
+        self._follow_policies()
+
+    def _follow_policies(self) -> None:
+        """Let the optimizer and the wrapper of several ranks go by what trains now."""
+        regroup(self.optimizer, self.model, self.recipe.optim)
         del self.forward  # DDP's hooks go with it, before a new one sets its own
         gc.collect()
         self._set_up_step()
@@ -167,7 +146,7 @@ class Trainer:
     def _wrap(self) -> nn.Module:
         """The network as it is called in training, over the parameters that train now."""
         forward: nn.Module = self.model
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1 and not self.gradients.exchanges:
             # Accelerate's prepare_model would patch `forward` on the instance for autocast, which deep copies and
             # a second wrapping would carry along. Buffers are not broadcast: that would throw away the statistics of
             # every rank but the first, which `merge_running_stats` keeps.
@@ -183,14 +162,16 @@ class Trainer:
     def evaluated(self) -> nn.Module:
         """The network that is measured and exported: the average where there is one, of one domain a plain copy."""
         network = self.model if self.ema is None else self.ema.module
-        name = evaluated_domain(self.recipe)
+        name = self.recipe.evaluated_domain
         return network if name is None else export_domain(network, name)
 
-    def fit(self, pause: Pause) -> None:
+    def fit(self, pause: Pause, batches: TrainLoader | None = None, show: Show | None = None) -> None:
         """Train until the last update or until `pause` sets `progress.stopped`.
 
         Args:
             pause: Called between updates when it is time to evaluate, to save, or both.
+            batches: What to train on; None: the images of `loaders`.
+            show: Told the state of things after each update.
 
         Raises:
             TrainingError: Too many updates in a row had a loss or gradient that is not finite, or memory ran out.
@@ -198,20 +179,16 @@ class Trainer:
             SystemExit: SIGTERM came, with code 143; `pause` has saved.
             KeyboardInterrupt: Ctrl-C came; `pause` has saved.
         """
-        bar = tqdm(
-            total=self.updates,
-            initial=self.progress.update,
-            desc=self.recipe.name,
-            unit="update",
-            dynamic_ncols=True,
-            disable=None if self.accelerator.is_main_process else True,  # None: quiet where output is no terminal
-        )
-        with bar, self.folding.training(), self.requests.heeded():
+        loader = self.loaders.train if batches is None else batches
+        with self.folding.training(), self.requests.heeded():
             if self.progress.update == 0:
                 self._enter_phases()
+            if self.is_over and self.progress.best is None:  # there is nothing to train, and so no other pause
+                with self.folding.paused():
+                    pause(evaluate=True)
             try:
                 while not self.is_over:
-                    self._epoch(bar, pause)
+                    self._epoch(loader, pause, show)
             except Exception as error:
                 self._leave(pause)
                 # torch's signal handler may raise a RuntimeError in the midst of an update
@@ -238,18 +215,17 @@ class Trainer:
     def is_over(self) -> bool:
         return self.progress.update >= self.updates or self.progress.stopped
 
-    def _epoch(self, bar: Any, pause: Pause) -> None:
+    def _epoch(self, loader: TrainLoader, pause: Pause, show: Show | None) -> None:
         """Train from the present position to the end of its epoch."""
         self.forward.train()
-        self.loaders.train.set_position(self.progress.epoch, self.progress.batch)
-        for group, ends_epoch in self._groups():
+        loader.set_position(self.progress.epoch, self.progress.batch)
+        for group, ends_epoch in self._groups(loader):
             self._update(group)
             if ends_epoch:
                 self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
             self._enter_phases()
-            bar.update()
-            if not bar.disable:
-                bar.set_postfix_str(self._status(), refresh=False)
+            if show is not None:
+                show(self.progress, self.status)
             evaluate = self.is_evaluation(ends_epoch)
             if evaluate or self._is_save() or any(self.asked):
                 with self.folding.paused():
@@ -262,61 +238,83 @@ class Trainer:
             if self.is_over:
                 return
 
-    def _groups(self) -> Iterator[tuple[list[Batch], bool]]:
-        """Yield (micro-batches of one update, whether they end the epoch), looking one group ahead."""
-        batches = iter(self.loaders.train)
-        size = self.recipe.train.grad_accum
-        group = self._fetch(batches, size)
-        if not group:
-            raise TrainingError("the training data gave no batch: lower train.batch_size or add images")
-        while group:
-            following = self._fetch(batches, size)
-            yield group, not following
-            group = following
+    def _groups(self, loader: TrainLoader) -> Iterator[tuple[list[Batch], bool]]:
+        """Yield (micro-batches of one update as they were read, whether they end the epoch).
 
-    def _fetch(self, batches: Iterator[Batch], size: int) -> list[Batch]:
+        They become floats on the device one by one, when their turn has come.
+        """
+        batches = loader.as_read()
+        following = self._fetch(batches)
+        if following is None:
+            raise TrainingError("the training data gave no batch: lower train.batch_size or add images")
+        while following is not None:
+            group: list[Batch] = []
+            while following is not None and len(group) < self.recipe.train.grad_accum:
+                group.append(following)
+                following = self._fetch(batches)
+            yield group, following is None
+
+    def _fetch(self, batches: Iterator[Batch]) -> Batch | None:
         begin = time.perf_counter()
-        group = list(islice(batches, size))
+        batch = next(batches, None)
         self.progress.waiting += time.perf_counter() - begin
-        return group
+        return batch
 
     def _update(self, group: list[Batch]) -> None:
         """One optimizer update from the micro-batches of `group`, unless loss or gradient is not finite."""
         begin = time.perf_counter()
         self.settled = False
         self.guard.begin()
-        loss = self.gradients.compute(self.forward, group, self._on_device, self._loss)
+        images = self.gradients.count(group)
+        loss = self.gradients.compute(self.forward, group, images, self._on_device, self._loss)
         scaled = self.accelerator.scaler is not None  # which looks at the gradient itself
         norm = None if scaled else self._clip()
         value, good, self.asked = self.guard.judge(loss, norm, self.requests.pending)
         if good:
             if scaled and self.recipe.optim.clip_grad is not None:
                 self._clip()  # unscales, and a step must follow that
-            self.stepper.step()
-            good = not self.stepper.step_was_skipped
+            good = self._step()
         self.stepper.zero_grad()
         if not good:
             self.guard.undo()
-        self._count(group, value, good)
+        self._count(group, images, value, good)
         self.progress.seconds += time.perf_counter() - begin
         if self.progress.skipped_in_row >= self.recipe.train.max_skipped:
+            images_again = [self.loaders.train.finish(batch[0]) for batch in group]
+            cause = likely_cause(self.recipe, self.progress, self.model, self.accelerator, images_again)
             raise TrainingError(
                 f"the loss or gradient was not finite in {self.progress.skipped_in_row} updates in a row, up to update "
-                f"{self.progress.update} (loss {value:g}): {likely_cause(self, group)}"
+                f"{self.progress.update} (loss {value:g}): {cause}"
             )
 
-    def _count(self, group: list[Batch], value: float, good: bool) -> None:
+    def _step(self) -> bool:
+        """Let the optimizer make its step; whether the scaler of mixed precision allowed it.
+
+        Raises:
+            TrainingError: It made none, and nobody has said so.
+        """
+        before = self.steps_made
+        self.stepper.step()
+        skipped: bool = self.stepper.step_was_skipped
+        if self.steps_made == before and not skipped:
+            raise TrainingError(
+                f"the optimizer made no step at update {self.progress.update + 1}: something in this process, such as "
+                "an accumulate block of Accelerate, holds it back; train outside of it"
+            )
+        return not skipped
+
+    def _count(self, group: list[Batch], images: int, value: float, good: bool) -> None:
         """Write down an update; one that was skipped has used its images up all the same."""
         progress = self.progress
         progress.update += 1
         progress.batch += len(group)
-        progress.images += sum(len(labels) for _, labels, *_ in group) * self.accelerator.num_processes
+        progress.images += images
         progress.skipped_in_row = 0 if good else progress.skipped_in_row + 1
         progress.skipped += not good
         progress.pieces = self.gradients.pieces
         self.schedule.step_update(progress.update)
         if good:
-            self.losses.append(value)
+            self.losses.append((value, images))
             if self.ema is not None:
                 self.ema.update(self.model, step=progress.update)
 
@@ -332,12 +330,12 @@ class Trainer:
         """A micro-batch on the device, mixed as its place in the epoch asks."""
         device = self.accelerator.device
         images, labels, *domains = batch
-        images = images.to(device, non_blocking=True, memory_format=self.image_format)
+        images = self.loaders.train.finish(images).to(memory_format=self.image_format)
         labels = labels.to(device, non_blocking=True)
         if self.mixup is not None:
-            if self.recipe.train.auto_batch:
+            if images is batch[0]:
                 images = images.clone()  # it is mixed in place, and may be asked for again
-            images, labels = self.mixup(images, labels, self.progress.epoch, self.progress.batch + number)
+            images, labels = self.mixup(images, labels, self.progress.epoch, self.progress.batch + number, *domains)
         return images, labels, *domains
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -358,20 +356,21 @@ class Trainer:
                 rows.append(chosen)
         return torch.cat(parts)[torch.cat(rows).argsort()]
 
-    def _status(self) -> str:
-        rate = self.progress.images / max(self.progress.seconds + self.progress.waiting, 1e-9)
+    @property
+    def status(self) -> str:
+        """The last update in a few words."""
         lr = max(group["lr"] for group in self.optimizer.param_groups)
-        loss = f"{self.losses[-1]:.3f}" if self.losses else "not finite"
-        return f"loss {loss}  lr {lr:.2g}  {rate:.0f} images/s"
+        loss = f"{self.losses[-1][0]:.3f}" if self.losses else "not finite"
+        return f"loss {loss}  lr {lr:.2g}  {self.progress.rate:.0f} images/s"
 
     def is_evaluation(self, ends_epoch: bool) -> bool:
         """Whether to evaluate after the update just made: at the rhythm asked for, and after the last one."""
-        evaluate, progress = self.recipe.evaluate, self.progress
+        progress, every = self.progress, self.rhythm.evaluate_every
         if progress.update >= self.updates:
             return True
-        if evaluate.every_steps is not None:
-            return progress.update % evaluate.every_steps == 0
-        return ends_epoch and progress.epoch % evaluate.every_epochs == 0
+        if every is not None:
+            return progress.update % every == 0
+        return ends_epoch and progress.epoch % self.recipe.evaluate.every_epochs == 0
 
     def _is_save(self) -> bool:
         every = self.recipe.checkpoint.every_steps
@@ -388,7 +387,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         return {
             "progress": asdict(self.progress),
-            "losses": self.losses,
+            "losses": [list(pair) for pair in self.losses],
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "grad_accum": self.recipe.train.grad_accum,
@@ -399,9 +398,8 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         # batches of an epoch are counted per rank; updates begin at whole groups of them
         self.progress.batch = self.progress.batch // state["grad_accum"] * self.recipe.train.grad_accum
-        self.losses = state["losses"]
-        self.optimizer = self._build_optimizer()  # phases already entered have changed what trains
-        self._set_up_step()
+        self.losses = [(float(loss), int(images)) for loss, images in state["losses"]]
+        self._follow_policies()  # phases already entered have changed what trains
         self._load_optimizer(state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -421,8 +419,9 @@ class Trainer:
             group.update(values)
 
     def take_losses(self) -> dict[str, float | None]:
-        """The mean training loss since it was last asked for, and the present learning rate."""
-        mean = sum(self.losses) / len(self.losses) if self.losses else None
+        """The mean training loss of an image since it was last asked for, and the present learning rate."""
+        images = sum(number for _, number in self.losses)
+        mean = sum(loss * number for loss, number in self.losses) / images if images else None
         self.losses.clear()
         return {"train_loss": mean, "lr": max(group["lr"] for group in self.optimizer.param_groups)}
 

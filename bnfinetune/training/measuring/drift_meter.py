@@ -14,21 +14,11 @@ from bnfinetune.bn.layers import find_bn_layers, is_bn_layer
 from bnfinetune.diagnose.compare import Stored, moved, stored_of
 from bnfinetune.diagnose.drift import inspect_bn, layer_drifts
 from bnfinetune.diagnose.drift_report import DriftReport
-from bnfinetune.training.data.from_recipe import domains_of, evaluated_domain
 from bnfinetune.training.data.loaders import Loaders
 from bnfinetune.training.data.reading import Failure
-from bnfinetune.training.loop.trainer import Trainer
 
 SAMPLE = 64
 """Images that are measured; drift is freed of the noise of so few."""
-
-
-def drift_meter(trainer: Trainer) -> DriftMeter:
-    """The meter of a run, before anything is loaded or trained; an idle one where `run.report` is off."""
-    name = evaluated_domain(trainer.recipe)
-    number = None if name is None else domains_of(trainer.recipe).index(name)
-    network = trainer.evaluated if trainer.recipe.run.report else nn.Identity()
-    return DriftMeter(network, trainer.loaders, trainer.accelerator, number)
 
 
 class DriftMeter:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from bnfinetune.bn.adapt.methods import adapt_model
+from bnfinetune.bn.adapt import adapt_model
 from bnfinetune.bn.statistics.precise import evaluation_mode
 from bnfinetune.errors import CheckpointError, DataError
 from bnfinetune.notes import note
@@ -27,18 +27,26 @@ from bnfinetune.training.measuring.metrics import Metrics, Tally
 from bnfinetune.training.measuring.mistakes import Mistakes
 from bnfinetune.training.network.backbone import input_config
 from bnfinetune.training.network.norms import CONFIG_KEY, rebuild_norms
+from bnfinetune.training.network.shapes import input_format
+from bnfinetune.training.saving.export import RECIPE, WEIGHTS, load_weights
 from bnfinetune.training.saving.provenance import check_provenance, stated_levels
-from bnfinetune.training.saving.states import RECIPE, WEIGHTS, load_weights
 
 
 def measure(
-    model: nn.Module, loader: Any, num_classes: int, accelerator: Accelerator, mistakes: Mistakes | None = None
+    model: nn.Module,
+    loader: Any,
+    num_classes: int,
+    accelerator: Accelerator,
+    mistakes: Mistakes | None = None,
+    *,
+    confusion: bool = True,
 ) -> Metrics:
     """Metrics of `model` over `loader`, of which each rank holds a disjoint share; `mistakes` keeps the worst of it.
 
-    The bare model is called, never its DDP wrapper, so ranks may hold different numbers of batches.
+    Which class is taken for which is left out without `confusion`. The bare model is called, never its DDP wrapper, so
+    ranks may hold different numbers of batches.
     """
-    tally = Tally(num_classes)
+    tally = Tally(num_classes, accelerator.device, confusion=confusion)
     memory_format = input_format(model)
     # no inference mode: entropy minimisation at test time takes gradients
     with evaluation_mode(model), torch.no_grad(), accelerator.autocast():
@@ -52,14 +60,6 @@ def measure(
     if mistakes is not None:
         mistakes.merge()
     return tally.metrics()
-
-
-def input_format(model: nn.Module) -> torch.memory_format:
-    """The memory format that a model's convolution weights are stored in."""
-    for parameter in model.parameters():
-        if parameter.ndim == 4 and not parameter.is_contiguous():
-            return torch.channels_last
-    return torch.contiguous_format
 
 
 def checkpoint_recipe(checkpoint: str, overrides: Sequence[str] = ()) -> tuple[Path, Recipe]:
@@ -124,13 +124,12 @@ def evaluate_checkpoint(checkpoint: str, overrides: Sequence[str] = ()) -> dict[
     if splits.names["train"] not in (splits.names["val"], splits.names.get("test")):
         note(f"the split {splits.names['train']!r} is not measured; data.val_split={splits.names['train']} measures it")
     loaders = recipe_loaders(recipe, splits, input_config(model, None), accelerator)
-    measured = {"validation": loaders.val} | ({} if loaders.test is None else {"test": loaders.test})
     with closing(loaders):
         return {
             shown.get(name, name): measure(
                 adapted(model, recipe, loaders.targets[name]), loader, model.num_classes, accelerator
             )
-            for name, loader in measured.items()
+            for name, loader in loaders.measured.items()
         }
 
 

@@ -57,7 +57,9 @@ def predict(checkpoint: str, paths: Sequence[str], top: int = 5) -> Iterator[dic
     while batch := [(file, transform.draw(image)) for file, image in islice(read, size)]:
         scores = _scores(model, transform.finish(_stacked([pixels for _, pixels in batch]).to(device)))
         likeliest = scores.topk(min(top, len(names)), dim=1)
-        for (file, _), values, indices in zip(batch, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
+        for (file, _), values, indices in zip(
+            batch, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True
+        ):
             ranked = [{"label": names[i], "probability": p} for i, p in zip(indices, values, strict=True)]
             yield {"path": str(file), **ranked[0], "top": ranked}
         size = min(2 * size, _BATCH)

@@ -14,14 +14,14 @@ from bnfinetune.bn.statistics.precise import precise_bn
 from bnfinetune.bn.statistics.report import PreciseBNReport
 from bnfinetune.recipe import Recalibrate, Recipe
 from bnfinetune.recipe_files import dump_recipe
-from bnfinetune.training.data.from_recipe import domains_of, evaluated_domain, recipe_loaders
+from bnfinetune.training.data.from_recipe import recipe_loaders
 from bnfinetune.training.data.loaders import ImageLoader, Loaders
 from bnfinetune.training.launch import start_accelerator
 from bnfinetune.training.measuring.measure import checkpoint_recipe, load_exported, open_data
 from bnfinetune.training.network.backbone import input_config
 from bnfinetune.training.network.norms import norm_config
-from bnfinetune.training.saving.atomic import choose_folder
-from bnfinetune.training.saving.states import save_export
+from bnfinetune.training.saving.export import save_export
+from bnfinetune.training.saving.run_folder import choose_folder
 
 
 def recalibrate(
@@ -48,13 +48,13 @@ def recalibrate(
     Raises:
         StatisticsError: The pass failed; the network is as it was.
     """
-    section, name = recipe.recalibrate, evaluated_domain(recipe)
+    section, name = recipe.recalibrate, recipe.evaluated_domain
     loader = _loader(loaders, section)
     enough = section.samples is not None and (loader.images is None or section.samples < loader.images)
     with accelerator.autocast(), nullcontext() if name is None or exported else domain(model, name):
         return precise_bn(
             model,
-            _images(loader, None if name is None else domains_of(recipe).index(name)),
+            _images(loader, recipe.evaluated_domain_number),
             num_samples=section.samples if enough else None,
             tolerance=section.tolerance,
             variance=section.variance,

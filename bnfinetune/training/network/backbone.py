@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from torch import nn
 import bnfinetune.demo  # noqa: F401  (registers the embedded backbone with timm)
 from bnfinetune.bn.layers import find_bn_layers
 from bnfinetune.bn.statistics.precise import evaluation_mode
-from bnfinetune.errors import BackboneError, CheckpointError
+from bnfinetune.errors import BackboneError, CheckpointError, did_you_mean
 from bnfinetune.recipe import Model
-from bnfinetune.training.network.optim import head_parameters
+from bnfinetune.training.network.head import fit_head, head_parameters
 from bnfinetune.training.network.weights import load_weights_file
 
 _SETTLED = {  # arguments of timm.create_model that something else decides
@@ -76,20 +75,7 @@ def _create(section: Model, class_names: Sequence[str]) -> nn.Module:
     labels = model.pretrained_cfg.get("label_names")
     known = isinstance(labels, list | tuple) and set(class_names) <= set(labels)
     rows = [list(labels).index(name) for name in class_names] if known and section.head == "auto" else None
-    return _fit_head(model, len(class_names), rows)
-
-
-def _fit_head(model: Any, num_classes: int, rows: list[int] | None) -> nn.Module:
-    """Give the model a new classifier; a linear one starts from `rows` of the old one where these are given."""
-    old = model.get_classifier()
-    model.reset_classifier(num_classes)
-    new = model.get_classifier()
-    if rows is not None and isinstance(old, nn.Linear) and isinstance(new, nn.Linear):
-        with torch.no_grad():
-            new.weight.copy_(old.weight[rows])
-            new.bias.copy_(old.bias[rows])
-    fitted: nn.Module = model
-    return fitted
+    return fit_head(model, len(class_names), rows)
 
 
 def _check_name(name: str) -> None:
@@ -101,8 +87,7 @@ def _check_name(name: str) -> None:
         raise BackboneError(f"model.name={name}: no config.json in {model_id}; it must be a folder that timm saved")
     architecture = model_id.partition(".")[0]
     if source is None and not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=1)
-        hint = f"; nearest: {near[0]}" if near else ""
+        hint = did_you_mean(architecture, timm.list_models())
         raise BackboneError(f"model.name: timm knows no model {name!r}{hint} (timm.list_models() names all)")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -16,8 +16,9 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from bnfinetune.bn.layers import is_bn_layer, unwrap
-from bnfinetune.errors import PolicyError, RecipeError
+from bnfinetune.errors import PolicyError, RecipeError, did_you_mean
 from bnfinetune.recipe import Optim, Schedule
+from bnfinetune.training.network.head import head_parameters
 
 _TORCH_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -66,13 +67,6 @@ def _layer_scales(model: Any, layer_decay: float | None) -> dict[str, float]:
     groups: dict[str, int] = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     last = max(groups.values())
     return {name: layer_decay ** (last - group) for name, group in groups.items()}
-
-
-def head_parameters(model: Any) -> set[int]:
-    """Identities of the classifier's parameters, found through timm's `get_classifier`."""
-    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
-    heads = classifier if isinstance(classifier, tuple | list) else (classifier,)
-    return {id(p) for head in heads if isinstance(head, nn.Module) for p in head.parameters()}
 
 
 def param_groups(
@@ -164,10 +158,9 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     Raises:
         RecipeError: timm knows no optimizer of that name, or it refuses one of `optim.kwargs`.
     """
-    known = timm.optim.list_optimizers()
+    known = [str(name) for name in timm.optim.list_optimizers()]
     if optim.name.lower().removeprefix("lookahead_") not in known:
-        near = difflib.get_close_matches(optim.name.lower(), known, n=1)
-        hint = f"; nearest: {near[0]}" if near else ""
+        hint = did_you_mean(optim.name.lower(), known)
         raise RecipeError(
             f"optim.name: timm has no optimizer {optim.name!r}{hint} ({len(known)} known, such as adamw, sgd, lamb)"
         )
@@ -181,11 +174,24 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
         head_lr_scale=optim.head_lr_scale,
     )
     try:
-        return timm.optim.create_optimizer_v2(
+        optimizer = timm.optim.create_optimizer_v2(
             groups, opt=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, **optim.kwargs
         )
     except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(f"optim.name={optim.name} with optim.kwargs={optim.kwargs}: {error}") from error
+    if (reason := _unfit(optimizer)) is not None:
+        raise RecipeError(f"optim.name={optim.name} {reason}, which the loop does not give it: use adamw, sgd or lamb")
+    return optimizer
+
+
+def _unfit(optimizer: Any) -> str | None:
+    """What an optimizer asks of a step beyond gradients, if anything."""
+    if getattr(optimizer, "is_second_order", False):
+        return "needs gradients of gradients"
+    closure = inspect.signature(type(_stepped(optimizer)).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        return "needs a closure that computes the loss again"
+    return None
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, updates: int) -> Scheduler:
@@ -212,3 +218,26 @@ def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, updates
         decay_rate=1.0 if schedule.name == "linear" else 2.0 if schedule.name == "poly" else schedule.decay_rate,
     )
     return scheduler
+
+
+def regroup(optimizer: torch.optim.Optimizer, model: nn.Module, optim: Optim) -> None:
+    """Let an optimizer hold what trains now, in the groups that a new one would have.
+
+    It stays the same object, which others have prepared and hold; state of what still trains is kept.
+    """
+    fresh, state = build_optimizer(model, optim), _stepped(optimizer).state
+    members = {parameter for group in fresh.param_groups for parameter in group["params"]}
+    for parameter in [parameter for parameter in state if parameter not in members]:
+        del state[parameter]
+    optimizer.param_groups[:] = fresh.param_groups
+
+
+def count_steps(optimizer: torch.optim.Optimizer, note: Callable[[], None]) -> None:
+    """Call `note` after each step that an optimizer makes."""
+    _stepped(optimizer).register_step_post_hook(lambda *_: note())
+
+
+def _stepped(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer that moves the parameters and holds their state: timm's Lookahead wraps it."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "_base_optimizer", optimizer)
+    return inner

@@ -1,4 +1,4 @@
-"""How much of a batch BN layers normalise; too little for a training layer is one value, which has no variance."""
+"""How a network takes images, and how much of a batch BN layers normalise: one value alone has no variance."""
 
 from __future__ import annotations
 
@@ -12,9 +12,16 @@ from bnfinetune.bn.layers import find_bn_layers
 from bnfinetune.bn.policy.switched_layer import switches_of
 from bnfinetune.bn.statistics.precise import evaluation_mode
 from bnfinetune.errors import DataError, SelectionError
-from bnfinetune.training.measuring.measure import input_format
 
 _BLANK = 2  # images
+
+
+def input_format(model: nn.Module) -> torch.memory_format:
+    """The memory format that a model's convolution weights are stored in."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4 and not parameter.is_contiguous():
+            return torch.channels_last
+    return torch.contiguous_format
 
 
 def normalised_shapes(

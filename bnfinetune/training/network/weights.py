@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bnfinetune.errors import CheckpointError
 from bnfinetune.notes import note
-from bnfinetune.training.network.optim import head_parameters
+from bnfinetune.training.network.head import head_parameters
 
 _DEPTH: Final = 3  # of mappings in mappings that are looked through
 # of several networks in a file, the one to be used: an average before what it is of
@@ -34,7 +34,9 @@ def load_weights_file(model: nn.Module, path: Path) -> None:
         CheckpointError: It cannot be read, or does not fit.
     """
     if path.is_dir():
-        file = next((path / name for name in ("model.safetensors", "best/model.safetensors") if (path / name).is_file()), None)
+        file = next(
+            (path / name for name in ("model.safetensors", "best/model.safetensors") if (path / name).is_file()), None
+        )
         remedy = f"; name {file}" if file is not None else ""
         raise CheckpointError(f"model.checkpoint: no file {path}, it is a folder{remedy}")
     if not path.is_file():

@@ -8,7 +8,6 @@ run is the whole network.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import cache
@@ -26,15 +25,15 @@ from torch import Tensor, nn
 from bnfinetune.bn.layers import find_bn_layers, is_bn_layer
 from bnfinetune.bn.policy.switched_layer import switches_of
 from bnfinetune.bn.statistics.precise import evaluation_mode
-from bnfinetune.recipe import Augment
-from bnfinetune.source_paths import DEMOS
+from bnfinetune.recipe import Augment, Data
 from bnfinetune.training.data.loaders import EvalLoader, ImageLoader, TrainLoader
 from bnfinetune.training.data.sampling import Pick
+from bnfinetune.training.data.transforms import flip_probability
 from bnfinetune.training.launch import on_main
 from bnfinetune.training.loop.trainer import Trainer
-from bnfinetune.training.measuring.measure import input_format
-from bnfinetune.training.network.optim import head_parameters
-from bnfinetune.training.probe.cache import Shelf
+from bnfinetune.training.network.head import head_parameters
+from bnfinetune.training.network.shapes import input_format
+from bnfinetune.training.probe.cache import ArrayCache
 
 _PLAIN: Final = Augment(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)
 
@@ -53,7 +52,7 @@ def obstacle(trainer: Trainer) -> str | None:
         "BN statistics move": not fixed or bool(trainer.phases) or "eval" in recipe.recalibrate.at,
         "mixup and cutmix mix images": bool(augment.mixup or augment.cutmix),
         "images are augmented, and train.cache_views does not say how often": recipe.train.cache_views is None
-        and not _is_plain(augment, recipe.data.source),
+        and not _is_plain(recipe.data),
         "images have domains": loaders.train.emits_domains,
         "images come as a stream": any(
             cast(Any, loader.dataset).split is None for loader in (loaders.train, loaders.val)
@@ -62,51 +61,46 @@ def obstacle(trainer: Trainer) -> str | None:
     return next((reason for reason, holds in checks.items() if holds), None)
 
 
-def _is_plain(augment: Augment, source: str) -> bool:
+def _is_plain(data: Data) -> bool:
     """Whether an image is the same in every epoch."""
-    flip = 0.0 if augment.hflip is None and source in DEMOS else augment.hflip
-    return augment.model_copy(update={"hflip": flip, "mix_prob": _PLAIN.mix_prob}) == _PLAIN
+    plain = {"hflip": flip_probability(data), "mix_prob": _PLAIN.mix_prob}
+    return data.augment.model_copy(update=plain) == _PLAIN
 
 
 @contextmanager
-def features_instead_of_images(
-    trainer: Trainer, measured: dict[str, EvalLoader], fingerprint: str, say: Callable[[str], None]
-) -> Iterator[None]:
-    """Within this context a linear probe trains, and is measured while it trains, on features computed once.
+def features_or_images(
+    trainer: Trainer, fingerprint: str, say: Callable[[str], None]
+) -> Iterator[tuple[TrainLoader, EvalLoader]]:
+    """What a run trains on and is measured on meanwhile: a linear probe on features computed once, any other on images.
 
-    Where `obstacle` finds one, nothing changes.
+    Within this context the networks of a probe take features for images too.
 
     Args:
-        trainer: Its loaders and networks take features meanwhile.
-        measured: Loaders by split; that of `validation` gives features meanwhile.
+        trainer: The run, with its networks as they train.
         fingerprint: Of the data, from `ImageSplits.fingerprint`.
         say: Told what is computed.
+
+    Yields:
+        The training loader and the validation loader, or what stands for them.
 
     Raises:
         DataError: An image is unreadable.
     """
-    extractor = (
-        None if trainer.is_over or obstacle(trainer) is not None else Extractor(trainer.model, trainer.accelerator)
-    )
-    if extractor is None or not extractor.is_exact(_one_image(trainer.loaders.train)):
-        yield
+    loaders = trainer.loaders
+    possible = not trainer.is_over and obstacle(trainer) is None
+    extractor = Extractor(trainer.model, trainer.accelerator) if possible else None
+    if extractor is None or not extractor.is_exact(_one_image(loaders.train)):
+        yield loaders.train, loaders.val
         return
-    images, validation = trainer.loaders, measured["validation"]
-    with ExitStack() as stack:
+    with closing(ArrayCache(trainer.recipe.train, trainer.accelerator)) as arrays, ExitStack() as stack:
         with trainer.folding.training():
-            shelf = stack.enter_context(closing(Shelf(trainer.recipe.train, trainer.accelerator)))
-            train = _training_features(trainer, extractor, shelf, fingerprint)
-            evaluated = EvalFeatures(validation, extractor, shelf)
+            train = _training_features(trainer, extractor, arrays, fingerprint)
+            validation = EvalFeatures(loaders.val, extractor, arrays)
         views, rows, width = train.features.shape
         say(f"features  {width} of each of {rows} training images{f' in {views} views' if views > 1 else ''}, once")
         for network in trainer.networks().values():
             stack.enter_context(_taking_features(network))
-        trainer.loaders = dataclasses.replace(images, train=cast(Any, train), val=cast(Any, evaluated))
-        measured["validation"] = cast(Any, evaluated)
-        try:
-            yield
-        finally:
-            trainer.loaders, measured["validation"] = images, validation
+        yield cast(Any, train), cast(Any, validation)
 
 
 class Extractor:
@@ -160,7 +154,8 @@ class TrainFeatures:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def as_read(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches on the CPU; an iteration that is run to its end is followed by the next epoch."""
         sampler: Any = self.loader.batch_sampler
         for picks in sampler:
             view, rows = picks[0].epoch % len(self.features), [pick.number for pick in picks]
@@ -170,10 +165,10 @@ class TrainFeatures:
 class EvalFeatures:
     """An evaluation loader's batches as features (B, F, 1, 1), labels (B,) and indices (B,)."""
 
-    def __init__(self, loader: EvalLoader, extractor: Extractor, shelf: Shelf) -> None:
+    def __init__(self, loader: EvalLoader, extractor: Extractor, arrays: ArrayCache) -> None:
         self.loader = loader
         share = -(-cast(Any, loader.batch_sampler).length // extractor.accelerator.num_processes)
-        self.features = shelf.own("validation", (share, extractor.width))
+        self.features = arrays.own("validation", (share, extractor.width))
         self.batches: list[tuple[slice, list[Tensor]]] = []
         done = 0
         for images, *others in loader:
@@ -220,11 +215,11 @@ def _one_image(loader: TrainLoader) -> Tensor:
     return images
 
 
-def _training_features(trainer: Trainer, extractor: Extractor, shelf: Shelf, fingerprint: str) -> TrainFeatures:
+def _training_features(trainer: Trainer, extractor: Extractor, arrays: ArrayCache, fingerprint: str) -> TrainFeatures:
     """Features of every training image in every view: each rank computes its share, and all have them all."""
     loader, views, accelerator = trainer.loaders.train, trainer.recipe.train.cache_views or 1, trainer.accelerator
     count = len(cast(Any, loader.dataset).split)
-    name = on_main(accelerator, lambda: _key(trainer, views, fingerprint)) if shelf.keeps else "train"
+    name = on_main(accelerator, lambda: _key(trainer, views, fingerprint)) if arrays.keeps else "train"
     mine = range(accelerator.process_index, count, accelerator.num_processes)
     size = trainer.recipe.evaluate.batch_size
 
@@ -236,7 +231,7 @@ def _training_features(trainer: Trainer, extractor: Extractor, shelf: Shelf, fin
                 features[view, rows], labels[view, rows] = extractor(images), found.numpy()
 
     shapes = {"features": ((views, count, extractor.width), np.float32), "labels": ((views, count), np.int64)}
-    return TrainFeatures(loader, *shelf.shared(name, shapes, fill))
+    return TrainFeatures(loader, *arrays.shared(name, shapes, fill))
 
 
 def _read(loader: TrainLoader, picks: list[list[Pick]]) -> Iterator[tuple[Tensor, Tensor]]:

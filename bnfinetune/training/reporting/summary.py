@@ -1,4 +1,4 @@
-"""What a run shows when it is over: the table, the curves, the summary."""
+"""What a run shows when it is over: the table, the summary, the page."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ import importlib.metadata
 import platform
 import resource
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from rich.table import Table
+from rich.text import Text
 
-from bnfinetune.training.loop.trainer import Trainer
+from bnfinetune.diagnose.finding import Findings
+from bnfinetune.training.assembly import Assembly
+from bnfinetune.training.ending import Best
 from bnfinetune.training.measuring.metrics import Metrics
-from bnfinetune.training.saving.atomic import write_json
+from bnfinetune.training.record import Record
+from bnfinetune.training.reporting.lines import as_text
+from bnfinetune.training.reporting.report_page import write_page
+from bnfinetune.training.saving.atomic import in_words, write_json
+from bnfinetune.training.saving.run_folder import SUMMARY, UNREADABLE, RunFolder
 
 _SHOWN = {"top1": "top-1", "top5": "top-5", "macro_f1": "macro F1", "ece": "ECE", "loss": "loss"}
 _PACKAGES = ("bnfinetune", "torch", "torchvision", "timm", "accelerate", "datasets", "numpy", "safetensors")
@@ -36,41 +42,53 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def write_report(
-    folder: Path,
-    trainer: Trainer,
-    before: Mapping[str, Metrics],
-    after: Mapping[str, Metrics],
-    history: Sequence[Mapping[str, Any]],
-    class_names: Sequence[str],
+    setup: Assembly, folder: RunFolder, record: Record, best: Best, findings: Findings, say: Callable[[str], None]
 ) -> None:
-    """Write `summary.json`, `curves.png` and `confusion.png` of a finished run.
+    """Write `summary.json` and, where `run.report` asks for it, the page of a finished run, and say what came of it."""
+    if not setup.trainer.accelerator.is_main_process:
+        return
+    numbers = summary(setup, record, best)
+    with in_words(f"the report in {folder.path}"):
+        write_json(folder.path / SUMMARY, numbers)
+        if best.mistakes is not None:
+            write_page(setup, folder, record, best, findings)
+    moments = {"before": record.before, "after": best.after}
+    rows = {f"{split} {when}": measured[split] for split in best.after for when, measured in moments.items()}
+    say(as_text(metrics_table(rows)))
+    if record.unreadable:
+        say(f"{len(record.unreadable)} unreadable images were left out: {folder.path / UNREADABLE}")
+    if numbers["images"]:
+        say(f"trained in {numbers['seconds']:,.1f} s, {numbers['images_per_second']:,.0f} images/s")
+    say(f"best network of update {numbers['best_update']}: {folder.best}")
+    if best.mistakes is not None:
+        say(f"a page to look at: {folder.path / 'report.html'}")
 
-    The summary's `seconds` count the updates with their wait for data, without evaluations; `data_wait` is the share
-    of it spent waiting; `images_per_second` is over all ranks, `peak_memory_bytes` of rank 0.
+
+def summary(setup: Assembly, record: Record, best: Best) -> dict[str, Any]:
+    """A finished run in numbers.
+
+    `seconds` count the updates with their wait for data, without evaluations; `data_wait` is the share of it spent
+    waiting; `images_per_second` is over all ranks, `peak_memory_bytes` of rank 0.
     """
-    progress = trainer.progress
-    seconds = progress.seconds + progress.waiting
-    last = list(after)[-1]
-    summary = {
+    trainer, progress = setup.trainer, setup.trainer.progress
+    last = list(best.after)[-1]
+    return {
         "recipe": trainer.recipe.name,
         "model": trainer.recipe.model.name,
         "updates": progress.update,
         "epochs": progress.epoch,
         "best_update": progress.best_update,
-        "before": {name: metrics.scalars() for name, metrics in before.items()},
-        "after": {name: metrics.scalars() for name, metrics in after.items()},
-        "per_class": dict(zip(class_names, after[last].per_class, strict=True)),
-        "confusion": after[last].confusion,
+        "before": {name: metrics.scalars() for name, metrics in record.before.items()},
+        "after": {name: metrics.scalars() for name, metrics in best.after.items()},
+        "per_class": dict(zip(setup.splits.class_names, best.after[last].per_class, strict=True)),
+        "confusion": best.after[last].confusion,
         "measured_on": last,
         "images": progress.images,
-        "seconds": round(seconds, 3),
-        "data_wait": round(progress.waiting / seconds, 4) if seconds else 0.0,
-        "images_per_second": round(progress.images / seconds, 1) if seconds else 0.0,
+        "seconds": round(progress.time, 3),
+        "data_wait": round(progress.waiting / progress.time, 4) if progress.time else 0.0,
+        "images_per_second": round(progress.rate, 1),
         "peak_memory_bytes": peak_memory_bytes(trainer.accelerator.device),
     }
-    write_json(folder / "summary.json", summary)
-    draw_curves(folder / "curves.png", history, f"{trainer.recipe.name}: {trainer.recipe.model.name}")
-    draw_confusion(folder / "confusion.png", after[last], class_names)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -90,57 +108,5 @@ def metrics_table(rows: Mapping[str, Metrics]) -> Table:
     for name, metrics in rows.items():
         values = metrics.scalars()
         cells = [f"{values[key]:.3f}" if key in ("loss", "ece") else f"{values[key]:.1%}" for key in _SHOWN]
-        table.add_row(name, str(metrics.images), *cells)
+        table.add_row(Text(name), str(metrics.images), *cells)
     return table
-
-
-def draw_curves(path: Path, history: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Loss, validation accuracy and learning rate over updates, as a PNG."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (losses, accuracy) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    updates = [record["update"] for record in history]
-    trained = [record for record in history if record.get("train_loss") is not None]
-    losses.plot([r["update"] for r in trained], [r["train_loss"] for r in trained], label="training", color="#4477aa")
-    losses.plot(updates, [r["loss"] for r in history], label="validation", color="#ee6677")
-    losses.set(xlabel="optimizer updates", ylabel="loss", ylim=(0, None))
-    losses.legend(frameon=False)
-    accuracy.plot(updates, [100 * r["top1"] for r in history], label="top-1", color="#228833")
-    accuracy.plot(updates, [100 * r["macro_f1"] for r in history], label="macro F1", color="#ccbb44", linestyle="--")
-    accuracy.set(xlabel="optimizer updates", ylabel="validation, %", ylim=(None, 100))
-    accuracy.legend(frameon=False, loc="lower right")
-    for axis in (losses, accuracy):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    figure.suptitle(title, fontsize="medium")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def draw_confusion(path: Path, metrics: Metrics, class_names: Sequence[str]) -> None:
-    """The confusion matrix, rows normalised to the class's images, as a PNG. Names beyond 40 classes are left out."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    counts = torch.tensor(metrics.confusion, dtype=torch.float64)
-    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    side = min(3 + 0.28 * len(class_names), 14)
-    figure, axis = plt.subplots(figsize=(side, side), layout="constrained")
-    axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    if len(class_names) <= 40:
-        # names come from data: `parse_math` off, so that a $ in one is only a character
-        labels = [name[:24] for name in class_names]
-        axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7, parse_math=False)
-        axis.set_yticks(range(len(labels)), labels, fontsize=7, parse_math=False)
-    if len(class_names) <= 20:
-        for row, column in counts.nonzero().tolist():
-            color = "white" if shares[row, column] > 0.5 else "black"
-            axis.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", fontsize=7, color=color)
-    axis.set(xlabel="predicted", ylabel="true", title=f"{metrics.images} images, top-1 {metrics.top1:.1%}")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -1,4 +1,4 @@
-"""The run folder: never overwritten silently, written by rank 0 alone, each file whole or absent."""
+"""Files and folders that are whole or absent, whatever ends the process that writes them."""
 
 from __future__ import annotations
 
@@ -16,41 +16,6 @@ from safetensors import SafetensorError
 from bnfinetune.errors import BnFinetuneError, CheckpointError
 
 MANIFEST = "manifest.json"
-METRICS = "metrics.jsonl"
-UNREADABLE = "unreadable.txt"
-
-
-def choose_folder(directory: str | None, name: str) -> Path:
-    """The folder of a new run: `directory` if it is new or empty, else the next free `runs/NAME[-N]`.
-
-    Raises:
-        CheckpointError: `directory` already holds something, or its parent cannot be written.
-    """
-    if directory is None:
-        stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
-        number = 1
-        while (folder := Path("runs") / (stem if number == 1 else f"{stem}-{number}")).exists():
-            number += 1
-    else:
-        folder = Path(directory)
-        if folder.is_file() or (folder.is_dir() and not is_blank(folder)):
-            raise CheckpointError(
-                f"run.dir: {folder} is not empty; choose another folder, or continue that run with train.resume=auto"
-            )
-    _check_writable(folder)
-    return folder
-
-
-def is_blank(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a run killed in its first moments leaves: hidden files."""
-    return all(path.name.startswith(".") and path.is_file() for path in folder.iterdir())
-
-
-def _check_writable(folder: Path) -> None:
-    """Fail before the run rather than after it, and without creating anything."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise CheckpointError(f"run.dir: {existing} is not a writable folder; choose another run.dir")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -109,6 +74,8 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     fill(temporary)
     files = sorted(p for p in temporary.rglob("*") if p.is_file())
     write_json(temporary / MANIFEST, {str(p.relative_to(temporary)): _sha256(p) for p in files})
+    for path in files:  # safetensors writes for the owner alone; all are to be as readable as what Python writes
+        path.chmod((temporary / MANIFEST).stat().st_mode)
     for path in (*files, temporary):
         _flush(path)
     if target.exists():

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
@@ -14,38 +10,28 @@ from bnfinetune.errors import CheckpointError, RecipeError
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import diff_recipes, load_recipe
 from bnfinetune.recipe_keys import find_key, nearest_key
-from bnfinetune.training.launch import on_main
-from bnfinetune.training.saving.atomic import METRICS, choose_folder, write_text
+from bnfinetune.training.launch import GlobalBatch, on_main
+from bnfinetune.training.saving.export import RECIPE
 from bnfinetune.training.saving.lock import RunLock
-from bnfinetune.training.saving.states import CHECKPOINTS, RECIPE, StateStore, describe_state
+from bnfinetune.training.saving.run_folder import SUMMARY, RunFolder, choose_folder
+from bnfinetune.training.saving.states import CHECKPOINTS, StateStore, describe_state
 
 # Where a run lives, what it shows and keeps, and whether it goes on do not change what it computes.
 _FREE_KEYS = {
-    *("run.dir", "run.check", "run.report", "run.tracking", "data.workers", "train.cache_dir", "train.cache_memory"),
+    *(
+        "run.dir",
+        "run.check",
+        "run.report",
+        "run.tracking",
+        "run.log_every",
+        "data.workers",
+        "train.cache_dir",
+        "train.cache_memory",
+    ),
     *("train.resume", "train.resume_allow", "train.max_skipped", "train.auto_batch", "train.timeout_minutes"),
     *("checkpoint.keep", "checkpoint.every_steps", "checkpoint.every_minutes"),
 }
 _BATCH_KEYS = {"train.batch_size", "train.grad_accum"}  # with the number of ranks they make the global batch
-_FINISHED = "summary.json"
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """A run's folder, and the state to go on from, if any.
-
-    Attributes:
-        path: The folder.
-        state: The state; None for a run that begins.
-        notes: Lines to say.
-        altered: The recipe or the number of ranks differ from those of the state, as was allowed.
-        again: A run was killed here before its first state, and begins anew.
-    """
-
-    path: Path
-    state: Path | None = None
-    notes: tuple[str, ...] = ()
-    altered: bool = False
-    again: bool = False
 
 
 def choose_run(recipe: Recipe, accelerator: Accelerator, lock: RunLock) -> RunFolder:
@@ -84,27 +70,27 @@ def _choose(recipe: Recipe, ranks: int, lock: RunLock) -> RunFolder:
 
 def _began(folder: Path) -> bool:
     """Whether a run was killed here before it saved its first state."""
-    return (folder / RECIPE).is_file() and not (folder / _FINISHED).exists()
+    return (folder / RECIPE).is_file() and not (folder / SUMMARY).exists()
 
 
 def _continued(folder: Path, state: Path, damaged: list[str], recipe: Recipe, ranks: int) -> RunFolder:
     about = describe_state(state)
-    then = (about["ranks"], about["batch_size"], about["grad_accum"])
-    now = (ranks, recipe.train.batch_size, recipe.train.grad_accum)
-    if ranks != about["ranks"] and prod(then) != prod(now):
+    then = GlobalBatch(about["ranks"], about["batch_size"], about["grad_accum"])
+    now = GlobalBatch.of(recipe, ranks)
+    if ranks != about["ranks"] and then.images != now.images:
         raise CheckpointError(
-            f"train.resume: {state} was saved by {about['ranks']} processes with {prod(then)} images per update, and "
-            f"this is {ranks} with {prod(now)}; keep processes x train.batch_size x train.grad_accum at {prod(then)}"
+            f"train.resume: {state} was saved by {about['ranks']} processes with {then.images} images per update, and "
+            f"this is {ranks} with {now.images}; keep processes x train.batch_size x train.grad_accum at {then.images}"
         )
-    differing = _same_recipe(state, recipe, same_batch=prod(then) == prod(now))
+    differing = _same_recipe(state, recipe, same_batch=then.images == now.images)
     notes = [f"warning: {line}; going on from {state.name}" for line in damaged]
     if differing:
         notes.append(f"train.resume_allow: {', '.join(differing)} differ from those of the saved run")
-    if then != now and prod(then) == prod(now):
+    if then != now and then.images == now.images:
         old, new = (" x ".join(map(str, numbers)) for numbers in (then, now))
         notes.append(
             f"going on with {new} instead of {old} (processes x train.batch_size x train.grad_accum), the same "
-            f"{prod(now)} images per update: batch statistics, mixup and dropout see other batches from here on"
+            f"{now.images} images per update: batch statistics, mixup and dropout see other batches from here on"
         )
     return RunFolder(folder, state, tuple(notes), altered=bool(differing) or then != now)
 
@@ -141,27 +127,3 @@ def _same_recipe(saved: Path, recipe: Recipe, *, same_batch: bool) -> list[str]:
 
 def _covers(name: str, key: str) -> bool:
     return key == name or key.startswith(f"{name}.")
-
-
-def create_run(folder: RunFolder, recipe_text: str, environment: dict[str, Any], lock: RunLock) -> None:
-    """Make a new run's folder, lock it, and write what the run is; a resumed one stays as it is.
-
-    Raises:
-        CheckpointError: It cannot be written, or another run has taken it meanwhile.
-    """
-    if folder.state is not None:
-        return
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        lock.take(folder.path)
-        if not folder.again:
-            choose_folder(str(folder.path), "")  # another run may have come first
-        (folder.path / METRICS).unlink(missing_ok=True)
-        write_text(folder.path / RECIPE, recipe_text)  # first: a folder with a recipe is known for a run
-        write_text(folder.path / "environment.json", json.dumps(environment, indent=2) + "\n")
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(
-            f"run.dir: {folder.path} cannot be written ({error.strerror}); choose another run.dir"
-        ) from error

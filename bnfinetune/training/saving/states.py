@@ -1,74 +1,27 @@
-"""What a run saves: timm folders for use, and complete training states for going on."""
+"""Complete training states, from which a run goes on as if it had never stopped."""
 
 from __future__ import annotations
 
 import json
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from timm.models._hub import save_config_for_hf  # the public save_for_hf refuses channels_last weights
+from safetensors.torch import load_file
 from torch import nn
 
 from bnfinetune.bn.layers import find_bn_layers, is_bn_layer
 from bnfinetune.bn.policy.saving import load_policy_state, policy_state
 from bnfinetune.errors import CheckpointError
 from bnfinetune.training.saving.atomic import complete_folder, in_words, write_folder, write_json, write_text
-from bnfinetune.training.saving.provenance import write_provenance
+from bnfinetune.training.saving.export import RECIPE, save_tensors
 
-WEIGHTS = "model.safetensors"
-RECIPE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
 _TRAINER, _ABOUT = "trainer.pt", "state.json"
-
-
-def save_export(
-    folder: Path,
-    model: nn.Module,
-    class_names: Sequence[str],
-    data_config: Mapping[str, Any],
-    recipe_text: str,
-    statistics: dict[str, Any],
-    norms: Mapping[str, Any],
-) -> None:
-    """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads with nothing but timm.
-
-    The exception is a network whose BatchNorm has become GroupNorm, which timm cannot build; `norms` then says how.
-
-    It holds weights, preprocessing, class names, the recipe that made it, and where its statistics come from.
-    """
-
-    def fill(target: Path) -> None:
-        save_tensors(target / WEIGHTS, model.state_dict())
-        labels = {"label_names": list(class_names)}
-        save_config_for_hf(model, str(target / "config.json"), model_config=labels, data_config=dict(data_config))
-        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-        # it stands beside them too, and transformers would hand both to timm
-        config.get("model_args", {}).pop("num_classes", None)
-        write_json(target / "config.json", {**config, **norms})
-        write_text(target / RECIPE, recipe_text)
-        write_provenance(target, model, statistics)
-
-    with in_words(f"the best network, {folder},"):
-        write_folder(folder, fill)
-
-
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors; tensors that share memory are written once each."""
-    save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, str(path))
-
-
-def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of an exported or saved folder, on the CPU."""
-    try:
-        return load_file(str(folder / WEIGHTS))
-    except Exception as error:  # safetensors raises its own error and OSError alike
-        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from error
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -188,18 +141,30 @@ def describe_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} cannot be resumed: {_ABOUT} is not what a run writes ({error!r})") from error
 
 
-def load_state(folder: Path, models: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """Load a state's weights and policies into `models` and return the rest of it.
+def read_state(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+    """All of a state, on the CPU; under `weights` those of its networks by name.
 
     Raises:
-        CheckpointError: A file is missing, or the weights are of another network.
+        CheckpointError: A file is missing or damaged.
     """
     try:
-        trainer: dict[str, Any] = torch.load(folder / _TRAINER, map_location="cpu", weights_only=True)
-        for name, model in models.items():
-            model.load_state_dict(load_file(str(folder / f"{name}.safetensors")))
-            if name in trainer["policies"]:
-                load_policy_state(model, trainer["policies"][name])
+        state: dict[str, Any] = torch.load(folder / _TRAINER, map_location="cpu", weights_only=True)
+        state["weights"] = {name: load_file(str(folder / f"{name}.safetensors")) for name in names}
     except Exception as error:  # torch, safetensors and pickle raise each their own
         raise CheckpointError(f"{folder} cannot be resumed: {error}") from error
-    return trainer
+    return state
+
+
+def load_networks(folder: Path, state: Mapping[str, Any], models: Mapping[str, nn.Module]) -> None:
+    """Bring the weights and policies that `read_state` found in a folder into `models`.
+
+    Raises:
+        CheckpointError: They are of other networks.
+    """
+    try:
+        for name, model in models.items():
+            model.load_state_dict(state["weights"][name])
+            if name in state["policies"]:
+                load_policy_state(model, state["policies"][name])
+    except Exception as error:  # of torch, and of whatever a foreign state holds
+        raise CheckpointError(f"{folder} cannot be resumed: {error}") from error

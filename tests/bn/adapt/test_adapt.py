@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from timm.layers import BatchNormAct2d
 from torch import nn
+from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from bnfinetune.bn import BNPolicy, apply_policy, find_bn_layers, freeze_bn
-from bnfinetune.bn.adapt.methods import Tent, adapt_model
+from bnfinetune.bn.adapt import Tent, adapt_model
 from bnfinetune.bn.folding.fold import fold_bn, fold_report
 from bnfinetune.bn.statistics.precise import precise_bn
 from bnfinetune.errors import PolicyError, SelectionError
@@ -199,3 +202,107 @@ def test_an_evaluation_policy_of_the_model_is_overridden_in_the_copy_only():
 def test_what_cannot_be_done_is_refused_with_the_remedy(run, error, message):
     with pytest.raises(error, match=message):
         run()
+
+
+# --- what models give
+
+
+class Segmenter(nn.Module):
+    """Dense logits (N, classes, H, W), in the form that is asked for."""
+
+    def __init__(self, form: str = "tensor", classes: int = CLASSES, norm: type[nn.Module] = nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.body, self.head, self.form = toy(norm), nn.Conv2d(6, classes, 1), form
+
+    def forward(self, x):
+        dense = self.head(self.body(x).relu())
+        if self.form == "one vector each":
+            dense = dense.mean((2, 3))
+        return {
+            "tuple": (dense, dense + 1),
+            "torchvision": OrderedDict(out=dense, aux=dense + 1),
+            "transformers": SemanticSegmenterOutput(logits=dense),
+            "boxes": [{"boxes": torch.zeros(len(dense), 4)}] * len(dense),
+            "nothing": None,
+            "flat": dense.flatten(),
+        }.get(self.form, dense)
+
+
+def dense_of(output) -> torch.Tensor:
+    if isinstance(output, tuple | list):
+        return output[0]
+    return output if isinstance(output, torch.Tensor) else next(iter(output.values()))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNormAct2d])
+@pytest.mark.parametrize("form", ["tensor", "tuple", "torchvision", "transformers", "one vector each"])
+def test_a_step_on_dense_predictions_is_one_on_the_mean_entropy_of_pixels(form, norm):
+    model, x = Segmenter(form, norm=norm).eval(), shifted()
+    tent = Tent(model, lr=1e-2)
+    output = tent(x)
+    twin = copy.deepcopy(model)
+    affine = [p for layer in find_bn_layers(twin).values() for p in (layer.weight, layer.bias)]
+    for layer in find_bn_layers(twin).values():
+        layer.train()
+    optimizer = torch.optim.Adam(affine, lr=1e-2)
+    wanted = dense_of(twin(x))
+    p = wanted.softmax(1)
+    (-(p * p.log()).sum(1).mean()).backward()
+    optimizer.step()
+    assert type(output) is type(model(x))
+    assert not dense_of(output).requires_grad
+    torch.testing.assert_close(dense_of(output), wanted.detach())
+    adapted = [p for layer in find_bn_layers(tent.network).values() for p in (layer.weight, layer.bias)]
+    torch.testing.assert_close([p.detach() for p in adapted], [p.detach() for p in affine], rtol=1e-5, atol=1e-6)
+    small = tent(shifted(4))
+    assert type(small) is type(output)
+    assert not dense_of(small).requires_grad
+
+
+@pytest.mark.parametrize(("form", "classes"), [("boxes", 5), ("nothing", 5), ("flat", 5), ("tensor", 1)])
+def test_outputs_without_logits_are_refused_by_name(form, classes):
+    with pytest.raises(PolicyError, match=r"TENT needs logits \(N, classes\) or \(N, classes, H, W\)"):
+        Tent(Segmenter(form, classes).eval())(shifted())
+
+
+def test_inputs_may_come_by_keyword():
+    by_name, by_position = (Tent(classifier_by_name()) for _ in range(2))
+    assert by_name(pixel_values=shifted()).equal(by_position(shifted()))
+    assert by_name.steps == 1
+
+
+def classifier_by_name() -> nn.Module:
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = classifier()
+
+        def forward(self, pixel_values):
+            return self.net(pixel_values)
+
+    return Named().eval()
+
+
+@pytest.mark.parametrize("method", ["adabn", "mix", "tent"])
+def test_nothing_is_made_on_the_default_device(method):
+    data, small, found = [shifted(seed=seed) for seed in range(2)], shifted(3), []
+    for device in (None, "meta"):
+        torch.manual_seed(0)
+        model = classifier()
+        torch.set_default_device(device)
+        try:
+            adapted = adapt_model(model, method, data, passes=2)
+            found.append([adapted(batch) for batch in (*data, small)])
+        finally:
+            torch.set_default_device(None)
+    torch.testing.assert_close(*found)
+
+
+def test_offloaded_models_are_adapted_where_that_needs_no_gradient():
+    data, x = [shifted(seed=seed) for seed in range(2)], shifted(4)
+    plain = classifier()
+    offloaded = cpu_offload(copy.deepcopy(plain), execution_device="cpu")
+    with pytest.raises(PolicyError, match="offloaded"):
+        adapt_model(offloaded, "tent")
+    torch.testing.assert_close(adapt_model(offloaded, "adabn", data)(x), adapt_model(plain, "adabn", data)(x))

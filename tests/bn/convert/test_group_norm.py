@@ -1,14 +1,17 @@
 """GroupNorm in place of BN: near the network it was, and honest about how near."""
 
+import copy
 import logging
 
 import pytest
 import torch
 from timm.layers import BatchNormAct2d, GroupNormAct, StdConv2d
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from bnfinetune.bn import BNPolicy, apply_policy, convert_group_norm, find_bn_layers, freeze_bn
+from bnfinetune.bn import BNPolicy, apply_policy, convert_group_norm, find_bn_layers, freeze_bn, register_bn_class
 from bnfinetune.errors import LayerError, PolicyError, SelectionError, StatisticsError
+from tests.bn.look_alikes import LOOK_ALIKES
 from tests.bn.models import BACKBONES, backbone, differing, images, tensors_of, toy
 
 
@@ -103,8 +106,103 @@ def test_some_layers_may_stay_and_policies_on_the_others_are_undone(caplog):
     assert "GroupNorm in place of 1 BN layers: on 4 held-out samples outputs differ by" in caplog.text
 
 
-class Activated(nn.BatchNorm2d):
-    pass
+class ByName(nn.Module):
+    """Calls its norms by the names of their arguments and gives several outputs."""
+
+    def __init__(self, norm: type[nn.Module], form: str) -> None:
+        super().__init__()
+        self.body, self.form = toy(norm), form
+
+    def forward(self, x):
+        for module in self.body:
+            named = {"x" if isinstance(module, BatchNormAct2d | GroupNormAct) else "input": x}
+            x = module(**named) if isinstance(module, nn.BatchNorm2d | nn.GroupNorm) else module(x)
+        forms = {
+            "map": x,
+            "tuple": (x, [x.mean((2, 3))]),
+            "dict": {"logits": x.mean((2, 3)), "maps": x, "size": len(x), "loss": x.mean()},
+        }
+        return forms[self.form]
+
+
+@pytest.mark.parametrize("form", ["map", "tuple", "dict"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNormAct2d])
+def test_named_arguments_and_many_outputs(norm, form):
+    model, direct, reports = ByName(norm, form).eval(), toy(norm).eval(), []
+    reference, data = copy.deepcopy(model), images(16, 12)
+    convert_group_norm(model, [data], num_groups=2, min_group_size=1, on_report=reports.append)
+    convert_group_norm(direct, [data], num_groups=2, min_group_size=1, on_report=reports.append)
+    torch.testing.assert_close(model.body.state_dict(), direct.state_dict())
+    got, wanted = (
+        torch.cat([leaf.flatten(1) for leaf in tree_leaves(each(data[8:])) if getattr(leaf, "ndim", 0)], 1)
+        for each in (model, reference)
+    )
+    assert reports[0].gap == pytest.approx(((got - wanted).norm() / (wanted - wanted.mean(0)).norm()).item(), rel=1e-5)
+    assert 0 < reports[0].gap < reports[0].uncalibrated_gap
+
+
+def test_agreement_of_maps_is_by_position():
+    model, reports = toy().eval(), []
+    reference, data = copy.deepcopy(model), images(16, 12)
+    convert_group_norm(model, [data], num_groups=2, min_group_size=1, on_report=reports.append)
+    same = model(data[8:]).argmax(1) == reference(data[8:]).argmax(1)
+    assert reports[0].agreement == pytest.approx(same.double().mean().item())
+    assert 0.2 < reports[0].agreement < 1
+
+
+@pytest.mark.parametrize("cls", LOOK_ALIKES)
+def test_frozen_classes_become_trainable_group_norm(cls):
+    model, plain, reports = toy(cls).double(), toy().double(), []
+    plain.load_state_dict(model.state_dict(), strict=False)
+    plain[4].eps = max(LOOK_ALIKES[cls], 1e-30)
+    data = images(16, 12).double()
+    for each in (model, plain):
+        convert_group_norm(each, [data], num_groups=2, min_group_size=1, on_report=reports.append)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict())
+    assert reports[0].gap == pytest.approx(reports[1].gap)
+    assert model[4].weight.requires_grad
+
+
+def tied(norm: type[nn.Module] = nn.BatchNorm2d) -> nn.Module:
+    model = toy(norm)
+    model[4].weight = model[1].weight
+    return model
+
+
+def tied_elsewhere() -> nn.Module:
+    model = nn.ModuleDict({"net": toy(), "scale": nn.GroupNorm(1, 6)})
+    model["scale"].bias = model["net"][4].bias
+    model.forward = lambda x: model["scale"](model["net"](x))
+    return model
+
+
+def test_tied_layers_are_untied_by_the_remedy_or_convert_without_data():
+    model = convert_group_norm(tied(), num_groups=2)
+    assert model[1].weight is model[4].weight
+    model, apart = tied(), toy()
+    apart[4].weight.data.copy_(apart[1].weight)
+    layer = model[4]
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+    for each in (model, apart):
+        convert_group_norm(each, [images(8, 12)], on_report=lambda report: None)
+    torch.testing.assert_close(model.state_dict(), apart.state_dict())
+
+
+def holding_ddp(norm: type[nn.Module] = nn.BatchNorm2d) -> nn.Module:
+    wrapper = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper.module = toy(norm)
+    return nn.Sequential(nn.Identity(), wrapper)
+
+
+class Scalar(nn.Module):
+    def forward(self, x):
+        return {"loss": x.mean(), "classes": x.argmax(1)}
+
+
+class Shifted(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) + 1
 
 
 @pytest.mark.parametrize(
@@ -114,10 +212,27 @@ class Activated(nn.BatchNorm2d):
         (toy, {"weight_standardisation": True}, PolicyError, "needs data"),
         (toy, {"layers": "7"}, SelectionError, "'7' matches no BN layer"),
         (lambda: nn.DataParallel(toy()), {}, PolicyError, "convert the bare model"),
-        (lambda: toy(Activated), {}, LayerError, "BN layer '4' is a Activated"),
+        (lambda: toy(Shifted), {}, LayerError, "BN layer '4' is a Shifted, whose tail is its own"),
+        (tied, {"data": [images(4, 12)]}, LayerError, "BN layer '1' shares its weight with '4.weight'"),
+        (
+            lambda: tied(BatchNormAct2d),
+            {"data": [images(4, 12)], "layers": "4"},
+            LayerError,
+            "'4' shares .* '1.weight'",
+        ),
+        (tied_elsewhere, {"data": [images(4, 12)]}, LayerError, "'net.4' shares its bias with 'scale.bias'"),
+        (holding_ddp, {}, PolicyError, "got a DistributedDataParallel; convert the bare model"),
+        (lambda: holding_ddp(BatchNormAct2d), {"data": [images(4, 12)]}, PolicyError, "convert the bare model"),
+        (
+            lambda: nn.Sequential(*toy(), Scalar()),
+            {"data": [images(4, 12)]},
+            StatisticsError,
+            "gives none with one entry",
+        ),
     ],
 )
 def test_refusals_leave_the_model_alone(model, options, error, message):
+    register_bn_class(Shifted, tail=lambda layer, x: x + 1)
     model = model()
     types, state = [type(module) for module in model.modules()], tensors_of(model)
     with pytest.raises(error, match=message):

@@ -1,6 +1,8 @@
 """Folded models compute, learn and keep their promises as unfolded ones do, and keep no more for backward."""
 
+import contextlib
 import copy
+import json
 import pickle
 import warnings
 
@@ -24,7 +26,8 @@ from bnfinetune.bn import (
     restore_bn,
     unfreeze_bn,
 )
-from bnfinetune.bn.folding import layers as folded_layers
+from bnfinetune.bn.folding import arithmetic
+from bnfinetune.bn.folding import fold as folding
 from bnfinetune.bn.folding.arithmetic import fold_parameters
 from bnfinetune.bn.folding.fold import fold_bn, fold_report, unfold_bn, unfolded
 from bnfinetune.errors import BnFinetuneError, PolicyError, SelectionError
@@ -407,10 +410,9 @@ def counted(monkeypatch):
     calls: list[str] = []
 
     def count(name):
-        original = getattr(folded_layers, name)
-        monkeypatch.setattr(folded_layers, name, lambda *args: calls.append(name) or original(*args))
+        original = getattr(arithmetic, name)
+        monkeypatch.setattr(arithmetic, name, lambda *args: calls.append(name) or original(*args))
 
-    count("fold_parameters")
     count("fold_with")
     count("normalise_outputs")
     return calls
@@ -420,16 +422,31 @@ def all_frozen() -> nn.Module:
     return folded_toy(affine=True).requires_grad_(False)
 
 
-def test_frozen_pairs_are_folded_once(counted):
-    model = all_frozen()
-    wanted = unfold_bn(copy.deepcopy(model))(images())
-    for _ in range(3):
-        torch.testing.assert_close(model(images()), wanted, rtol=1e-4, atol=1e-5)
-    assert len(counted) == 2
-    model[1].weight.requires_grad_(True)
-    for _ in range(3):
+def test_frozen_pairs_are_folded_once_only_where_somebody_owns_all_updates(counted):
+    model = unfold_bn(all_frozen())
+    wanted = model(images())
+    for keep, times in ((True, 2), (False, 6)):
+        counted.clear()
+        with folding.folded(model, EXAMPLE, keep=keep):
+            for _ in range(3):
+                torch.testing.assert_close(model(images()), wanted, rtol=1e-4, atol=1e-5)
+        assert len(counted) == times
+    with folding.folded(model, EXAMPLE, keep=True):
         model(images())
-    assert len(counted) == 5
+        model[1].weight.requires_grad_(True)
+        counted.clear()
+        for _ in range(3):
+            model(images())
+        assert len(counted) == 3
+
+
+def test_the_context_unfolds_even_after_an_error():
+    model = freeze_bn(toy())
+    with contextlib.suppress(ZeroDivisionError), folding.folded(model, EXAMPLE, keep=True):
+        assert fold_report(model).folded == ["1", "4"]
+        raise ZeroDivisionError
+    assert not fold_report(model).folded
+    assert shape_of(model) == shape_of(freeze_bn(toy()))
 
 
 def test_outputs_are_normalised_where_they_are_fewer_than_the_weights(counted):
@@ -453,29 +470,34 @@ WRITES = {
     "load": lambda m: m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}),
     "assign": lambda m: m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}, assign=True),
     "to": lambda m: m.to(torch.float64),
-    "behind the version, then train": lambda m: (m[0].weight.data.mul_(2), m.train()),
-    "behind the version, then eval": lambda m: (m[1].running_var.data.mul_(2), m[1].eval()),
+    "behind the version": lambda m: m[0].weight.data.mul_(2),
+    "statistics behind the version": lambda m: m[1].running_var.data.mul_(2),
     "apply": lambda m: m[1]._apply(lambda t: t.data.mul_(2) if t.is_floating_point() else t),
 }
 
 
 @pytest.mark.parametrize("how", WRITES)
-def test_frozen_pairs_see_every_change(how):
+@pytest.mark.parametrize("keep", [False, True])
+def test_frozen_pairs_see_every_change(how, keep):
+    if keep and how in ("behind the version", "statistics behind the version", "apply"):
+        return  # what only the owner of a scope that keeps could do, and promises not to
     model = all_frozen()
-    before = model(images())
-    with torch.no_grad():
-        WRITES[how](model)
-    x = images().to(model[0].weight.dtype)
-    torch.testing.assert_close(model(x), unfold_bn(copy.deepcopy(model))(x), rtol=1e-4, atol=1e-5)
-    assert how == "to" or (model(x) - before).abs().max() > 1e-3
+    with folding.folds_kept(model) if keep else contextlib.nullcontext():
+        before = model(images())
+        with torch.no_grad():
+            WRITES[how](model)
+        x = images().to(model[0].weight.dtype)
+        torch.testing.assert_close(model(x), unfold_bn(copy.deepcopy(model))(x), rtol=1e-4, atol=1e-5)
+        assert how == "to" or (model(x) - before).abs().max() > 1e-3
 
 
 def test_what_was_kept_in_inference_mode_serves_training_too():
     model = all_frozen()
-    with torch.inference_mode():
-        wanted = model(images())
     x = images().requires_grad_()
-    output = model(x)
+    with folding.folds_kept(model):
+        with torch.inference_mode():
+            wanted = model(images())
+        output = model(x)
     output.sum().backward()
     torch.testing.assert_close(output, wanted.clone())
     assert x.grad.abs().sum() > 0
@@ -502,10 +524,13 @@ def test_parameters_that_are_widened_alone_fold_in_their_own_precision():
 
 def test_copies_take_nothing_kept_along():
     model = all_frozen()
-    model(images())
-    assert model[0]._fold.kept is not None
-    assert copy.deepcopy(model)[0]._fold.kept is None
-    assert len(pickle.dumps(model)) == len(pickle.dumps(all_frozen()))
+    with folding.folds_kept(model):
+        model(images())
+        assert model[1]._fold_keeper is not None
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert twin[1]._fold_keeper is None
+        assert len(pickle.dumps(model)) == len(pickle.dumps(all_frozen()))
+    assert model[1]._fold_keeper is None
 
 
 def test_the_observed_forward_leaves_no_trace():
@@ -523,7 +548,7 @@ def test_the_observed_forward_leaves_no_trace():
     fold_bn(model)
     assert torch.rand(2).equal(wanted)
     handle.remove()
-    assert seen == [(False, False, False, (1, 3, 224, 224))]
+    assert seen == [(mode, mode, True, (1, 3, 224, 224)) for mode in (False, True)]
     assert modes == [module.training for module in model.modules()]
     assert hooks == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
 
@@ -563,6 +588,13 @@ def test_statistics_that_still_move_are_not_folded():
     assert remarks["layer3.0.bn1"] == "its statistics are not frozen: (batch, ema, frozen, running)"
     assert remarks["layer4.0.bn1"] == "its statistics are not frozen: (running, none, frozen, mix)"
     assert len(fold_report(model).folded) == 10
+
+
+def test_the_report_is_saved(tmp_path):
+    report = fold_report(folded_toy())
+    report.save(tmp_path / "folds.json")
+    saved = json.loads((tmp_path / "folds.json").read_text())
+    assert [(row["layer"], row["conv"], row["remark"]) for row in saved["layers"]] == [("1", "0", ""), ("4", "3", "")]
 
 
 def test_the_report_reads_as_a_table():

@@ -3,10 +3,12 @@
 import copy
 import logging
 import pickle
+from collections.abc import Callable
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 from torch import nn
 
@@ -18,6 +20,7 @@ from bnfinetune.errors import LayerError, PolicyError, SelectionError
 from tests.bn.models import BACKBONES, backbone, images, randomise, toy
 
 EXAMPLE = images(1)
+NORMS = pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNormAct2d])
 
 
 def has_bn(model: nn.Module) -> bool:
@@ -144,7 +147,7 @@ def test_a_model_that_would_change_is_refused_and_left_as_it_was():
     model = randomise(UsesStatistics())
     modules, parameters = dict(model.named_modules()), list(model.parameters())
     wanted = copy.deepcopy(model).eval()(images())
-    with pytest.raises(LayerError, match="would change the outputs of UsesStatistics"):
+    with pytest.raises(LayerError, match="'bn' of UsesStatistics is called by code that holds it"):
         fuse_bn(model, EXAMPLE)
     assert dict(model.named_modules()) == modules
     assert list(map(id, model.parameters())) == list(map(id, parameters))
@@ -173,3 +176,103 @@ def test_a_shared_layer_is_fused_at_each_of_its_places():
     wanted = copy.deepcopy(model).eval()(images())
     fuse_bn(model, EXAMPLE)
     torch.testing.assert_close(model(images()), wanted, rtol=1e-4, atol=1e-5)
+
+
+class Detector(nn.Module):
+    """Gives what fits no comparison as a whole: ragged, empty, infinite and random outputs."""
+
+    def __init__(self, norm: type[nn.Module]) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 6, 3), norm(6)
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        scores = y.mean((2, 3))
+        return {
+            "ragged": scores[scores > torch.rand(())],
+            "empty": scores[scores > 1e9],
+            "masked": scores.masked_fill(torch.arange(6) < 2, float("-inf")),
+            "dropped": F.dropout(y, 0.5, True),
+        }
+
+
+@NORMS
+def test_what_a_model_returns_as_a_whole_refuses_no_right_fusion(norm):
+    model = randomise(Detector(norm)).eval()
+    twin = fuse_bn(copy.deepcopy(model), EXAMPLE)
+    assert not any(hasattr(module, "running_mean") for module in twin.modules())
+    for seed in range(3):
+        torch.manual_seed(seed)
+        wanted = model(images(seed=seed))
+        torch.manual_seed(seed)
+        torch.testing.assert_close(twin(images(seed=seed)), wanted, rtol=1e-4, atol=1e-5)
+
+
+class DependsOnSize(nn.Module):
+    def __init__(self, norm: type[nn.Module], step: Callable) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU())
+        self.conv, self.bn, self.step = nn.Conv2d(4, 6, 3, 2, 1), norm(6), step
+
+    def forward(self, x):
+        return self.bn(self.step(self.conv(self.stem(x))))
+
+
+SIZE_STEPS = {
+    "pads odd maps": lambda y: F.pad(y, (0, 1, 0, 1)) if y.shape[-1] % 2 else y,
+    "cuts odd maps": lambda y: y[..., :-1].relu() if y.shape[-1] % 2 else y,
+    "pools large maps": lambda y: F.max_pool2d(-y, 2) if y.shape[-1] > 8 else y,
+}
+
+
+@pytest.mark.parametrize("step", SIZE_STEPS)
+@pytest.mark.parametrize("size", [64, 63])
+@NORMS
+def test_a_path_that_depends_on_the_image_size_is_not_fused_for_good(norm, size, step):
+    model = randomise(DependsOnSize(norm, SIZE_STEPS[step])).eval()
+    twin = fuse_bn(copy.deepcopy(model), torch.zeros(1, 3, size, size))
+    for other in (40, 64, 63, 71, 72, 80, 96):
+        x = torch.ones(2, 3, other, other)
+        torch.testing.assert_close(twin(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class ReadsWeights(nn.Module):
+    """Uses a conv's weight by itself too, as weight sharing in functional code does."""
+
+    def __init__(self, norm: type[nn.Module]) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), norm(3)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) + F.conv2d(x, self.conv.weight, padding=1)
+
+
+class ReadsStatistics(Detector):
+    def forward(self, x):
+        return self.bn(self.conv(x)) * self.bn.running_var.mean()
+
+
+@NORMS
+def test_parameters_that_are_read_elsewhere_are_not_fused_away(norm):
+    model = randomise(ReadsWeights(norm)).eval()
+    twin = fuse_bn(copy.deepcopy(model), EXAMPLE)
+    torch.testing.assert_close(twin(images()), model(images()), rtol=1e-4, atol=1e-5)
+    model = randomise(ReadsStatistics(norm)).eval()
+    before = copy.deepcopy(model)
+    with pytest.raises(LayerError, match="ReadsStatistics fails without its BN layers"):
+        fuse_bn(model, EXAMPLE)
+    torch.testing.assert_close(model(images()), before(images()))
+
+
+def test_models_prepared_for_quantisation_are_refused_by_name():
+    for model in (quantised(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), quantised(nn.Conv2d(3, 4, 3), nn.ReLU())):
+        model.append(nn.BatchNorm2d(4))
+        with pytest.raises(LayerError, match=r"'0' is a torch.ao.nn.*quantisation-aware.*before it is prepared"):
+            fuse_bn(model, EXAMPLE)
+
+
+def quantised(*layers: nn.Module) -> nn.Sequential:
+    model = nn.Sequential(*layers).train()
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")
+    fused = torch.ao.quantization.fuse_modules_qat(model, [["0", "1"]])
+    return torch.ao.quantization.prepare_qat(fused)

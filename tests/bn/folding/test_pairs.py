@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.layers import Conv2dSame, StdConv2d
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -189,7 +190,7 @@ def kept(m, x):
     return m.bn2(m.conv2(m.bn(m.seen)))
 
 
-def branch_not_run_in_evaluation(m, x):
+def branch_run_in_training_alone(m, x):
     y = m.bn(m.conv(x))
     return y + m.bn2(m.conv2(y)) if m.training else y
 
@@ -207,7 +208,7 @@ WIRINGS = {
     reshaped: ["bn2"],
     viewed: ["bn", "bn2"],
     kept: ["bn2"],
-    branch_not_run_in_evaluation: ["bn"],
+    branch_run_in_training_alone: ["bn", "bn2"],
 }
 
 
@@ -235,6 +236,9 @@ def test_an_output_that_is_also_returned_is_not_folded():
 HOOKS = {
     "forward": lambda m: m[0].register_forward_hook(lambda *_: None),
     "backward": lambda m: m[0].register_full_backward_hook(lambda *_: None),
+    "before backward": lambda m: m[0].register_full_backward_pre_hook(lambda *_: None),
+    "of bn, before backward": lambda m: m[1].register_full_backward_pre_hook(lambda *_: None),
+    "of bn": lambda m: m[1].register_forward_hook(lambda *_: None),
     "into bn": lambda m: m[1].register_forward_pre_hook(lambda *_: None),
     "replaced": lambda m: setattr(m[0], "forward", m[0].forward),
 }
@@ -245,8 +249,38 @@ def test_layers_that_somebody_watches_are_left_alone(how):
     model = frozen(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6))
     HOOKS[how](model)
     fold_bn(model, torch.zeros(1, 4, 9, 9))
-    assert "has hooks or a replaced forward" in fold_report(model)[0].remark
+    # full backward hooks hand on a view of what the conv gives
+    expected = (
+        "comes from no convolution directly" if "backward" in how and how[:2] != "of" else "has hooks or a replaced"
+    )
+    assert expected in fold_report(model)[0].remark
     assert fold_report(model).folded == ["3"]
+
+
+class Caching(nn.Conv2d):
+    """Keeps what it made of its weight while it evaluates, and drops it when it is told to train."""
+
+    cache = None
+
+    def train(self, mode=True):
+        self.cache = None if mode else self.cache
+        return super().train(mode)
+
+    def forward(self, x):
+        if not self.training and self.cache is None:
+            self.cache = self.weight.detach() * 1
+        return F.conv2d(x, self.weight if self.training else self.cache, self.bias)
+
+
+def test_modules_that_cache_in_evaluation_are_told_to_train_again():
+    model = frozen(Caching(4, 6, 3), nn.BatchNorm2d(6))
+    fold_bn(model.train(), torch.zeros(1, 4, 9, 9))
+    assert model[0].cache is None
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    trained, evaluated = model(x), model.eval()(x)
+    torch.testing.assert_close(evaluated, trained)
 
 
 class Tokens(nn.Module):

@@ -5,16 +5,23 @@ import random
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from bnfinetune.bn import (
     BNPolicy,
     apply_policy,
     auto_momentum,
+    convert_sync_bn,
     describe_bn,
     find_bn_layers,
     freeze_bn,
+    frozen,
+    load_policy_state,
+    no_stat_updates,
+    policy_state,
     restore_bn,
+    revert_sync_bn,
     unfreeze_bn,
 )
 from bnfinetune.bn.policy.switched_layer import switches_of
@@ -22,6 +29,8 @@ from bnfinetune.errors import LayerError, PolicyError, SelectionError
 from tests.bn.models import BACKBONES, backbone, differing, images, tensors_of, toy
 
 STATS = ("running_mean", "running_var", "num_batches_tracked")
+FROZEN = {"train_stats": "running", "update_stats": "none", "affine": "frozen"}
+NORMS = pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNormAct2d])
 
 
 def attributes(model: nn.Module) -> dict[str, tuple]:
@@ -136,30 +145,34 @@ def test_any_sequence_of_policies_is_undone_exactly(seed):
         "eval_stats": ["running", "batch", "mix", None],
         "layers": ["*", "*.bn1", "*.0.*"],
         "domains": [(), "photo", ("photo", "sketch")],
-        "domain_affine": [None, "own", "shared"],
-        "renorm_ramp": [None, 3],
     }
     apply_policy(model, BNPolicy())
     for _ in range(6):
         step = chance.choice(["policy", "policy", "freeze", "unfreeze"])
         if step == "policy":
-            apply_policy(model, BNPolicy(**{key: chance.choice(values) for key, values in choices.items()}))
+            settings = {key: chance.choice(values) for key, values in choices.items()}
+            if settings["train_stats"] == "renorm":
+                settings["renorm_ramp"] = chance.choice([None, 3])
+            if settings["domains"]:
+                settings["domain_affine"] = chance.choice([None, "own", "shared"])
+            apply_policy(model, BNPolicy(**settings))
         else:
             {"freeze": freeze_bn, "unfreeze": unfreeze_bn}[step](model, stats=chance.random() < 0.8, affine=True)
-        if chance.random() < 0.3:
-            model.train(chance.random() < 0.5)
-    model.train()
     restore_bn(model)
     assert attributes(model) == before
 
 
-@pytest.mark.parametrize("mode", [True, False])
-def test_restored_layers_take_the_models_present_mode(mode):
+def test_modes_stay_as_the_user_has_them():
     model = toy().train()
-    freeze_bn(model)
-    model.train(mode)
+    model[4].eval()
+    restore_bn(freeze_bn(model))
+    assert [module.training for module in model] == [True, True, True, True, False]
+    freeze_bn(model).train()
+    model[1].eval()
     restore_bn(model)
-    assert {module.training for module in model.modules()} == {mode}
+    assert [module.training for module in model] == [True, False, True, True, True]
+    restore_bn(freeze_bn(model.train()).eval())
+    assert not any(module.training for module in model.modules())
 
 
 def test_unfreezing_brings_back_the_switches_from_before():
@@ -220,7 +233,16 @@ def test_weights_travel_both_ways_between_policy_and_plain_timm(name):
         ({"momentum": float("nan")}, "momentum=nan is out of bounds"),
         ({"ghost_size": 0}, "ghost_size=0 is out of bounds"),
         ({"renorm_rmax": 0.5}, "renorm_rmax=0.5 is out of bounds"),
+        ({"ghost_size": 2.5, "train_stats": "ghost"}, "ghost_size=2.5 is not a whole number; choose from 1"),
+        ({"ghost_size": True}, "ghost_size=True is not a whole number"),
+        ({"mix_prior": "16"}, "mix_prior='16' is not a number; choose from 0 to inf"),
         ({"update_stats": "cumulative", "momentum": 0.1}, "has no meaning with update_stats='cumulative'"),
+        ({"update_stats": "none", "momentum": 0.1}, "momentum=0.1 has no meaning with update_stats='none'; leave it"),
+        ({"train_stats": "batch", "ghost_size": 8}, "ghost_size=8 has no meaning with train_stats='batch'"),
+        ({"train_stats": "ghost", "stochastic_p": 0.2}, "stochastic_p=0.2 has no meaning with train_stats='ghost'"),
+        ({"train_stats": "batch", "renorm_ramp": 0}, "renorm_ramp=0 has no meaning with train_stats='batch'"),
+        ({"train_stats": "batch", "sync_group_size": 2}, "sync_group_size=2 has no meaning with train_stats='batch'"),
+        ({"eval_stats": "batch", "mix_prior": 4}, "mix_prior=4 has no meaning with eval_stats='batch'; leave it out"),
         ({"renorm_ramp": 5, "renorm_dmax": float("inf")}, "cannot ramp up to an infinite bound"),
         ({"process_group": object(), "sync_group_size": 2}, "contradict each other"),
         ({"domains": "two words"}, "'two words' is no identifier"),
@@ -229,6 +251,131 @@ def test_weights_travel_both_ways_between_policy_and_plain_timm(name):
 def test_a_policy_that_makes_no_sense_says_why(wrong, message):
     with pytest.raises(PolicyError, match=message):
         BNPolicy(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("setting", "switch"),
+    [
+        ({"ghost_size": 8}, {"train_stats": "ghost"}),
+        ({"stochastic_p": 0.1}, {"train_stats": "stochastic"}),
+        ({"renorm_rmax": 2.0}, {"train_stats": "renorm"}),
+        ({"renorm_warmup": 0}, {"train_stats": "renorm"}),
+        ({"mix_prior": 4.0}, {"eval_stats": "mix"}),
+        ({"process_group": object()}, {"train_stats": "sync"}),
+        ({"sync_group_size": 1}, {"train_stats": "sync"}),
+        ({"momentum": 0.2}, {"update_stats": "ema"}),
+        ({"domain_affine": "own"}, {"domains": "b"}),
+    ],
+)
+def test_a_setting_that_no_switch_uses_is_refused(setting, switch):
+    other = {"train_stats": "batch", "update_stats": "none", "eval_stats": "running"}
+    model = apply_policy(toy(), BNPolicy(**other))
+    before = attributes(model)
+    with pytest.raises(PolicyError, match=rf"BN layer '1' .*{next(iter(setting))}"):
+        apply_policy(model, BNPolicy(**setting))
+    assert attributes(model) == before
+    apply_policy(model, [BNPolicy(**setting), BNPolicy(**switch)])  # as one they make sense
+    apply_policy(model, BNPolicy(**setting))  # and now the layers have the switch
+    apply_policy(toy(), BNPolicy(**setting, **switch))
+    with pytest.raises(PolicyError, match="BN layer '4'"):
+        apply_policy(toy(), [BNPolicy(**other), BNPolicy(**switch, layers="1"), BNPolicy(**setting)])
+    apply_policy(toy(), [BNPolicy(**other), BNPolicy(**switch, layers="1"), BNPolicy(**setting, layers="1")])
+
+
+@NORMS
+@pytest.mark.parametrize("policy", [None, {"train_stats": "ghost", "ghost_size": 2, "domains": "b"}, FROZEN])
+def test_frozen_within_a_context_and_exactly_as_before_afterwards(norm, policy):
+    model = toy(norm)
+    model[1].weight.requires_grad_(False)
+    if policy is not None:
+        apply_policy(model, BNPolicy(**policy))
+    model(images(size=12)).sum().backward()
+    before = attributes(model), [p.grad for p in model.parameters()], describe_bn(model), policy_state(model)["layers"]
+    tensors = tensors_of(model)
+    with frozen(model) as inside:
+        assert inside is model
+        assert {row[2:5] for row in describe_bn(model)} == {("running", "none", "frozen")}
+        model.train()(images(size=12)).sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        assert {name.split(".")[0] for name in differing(tensors, tensors_of(model))} == {"0", "3"}
+        assert all(model[index].weight.grad is None for index in (1, 4))
+    after = attributes(model), [p.grad for p in model.parameters()], describe_bn(model), policy_state(model)["layers"]
+    assert str(after) == str(before)
+    with pytest.raises(RuntimeError), frozen(model, stats=False, layers="4"):
+        model(torch.zeros(1))
+    assert describe_bn(model) == before[2]
+
+
+@NORMS
+def test_frozen_contexts_nest_and_outlive_changes_within(norm):
+    model = apply_policy(toy(norm), BNPolicy(train_stats="renorm", layers="4"))
+    before = attributes(model), describe_bn(model)
+    with frozen(model, exclude="4"):
+        assert [row.train_stats for row in describe_bn(model)] == ["running", "renorm"]
+        with frozen(model, affine=False), no_stat_updates(model):
+            assert [row.affine for row in describe_bn(model)] == ["frozen", "trained"]
+        assert [row.train_stats for row in describe_bn(model)] == ["running", "renorm"]
+        restore_bn(model)
+    assert describe_bn(model)[0] == before[1][0]
+    with frozen(model):
+        apply_policy(model, BNPolicy(train_stats="ghost", eval_stats="mix", domains="b"))
+    assert [type(layer) for layer in model] == [type(layer) for layer in toy(norm)]
+    with no_stat_updates(model):
+        with frozen(model):
+            pass
+        stats = tensors_of(model)
+        model.train()(images(size=12))
+        assert differing(stats, tensors_of(model)) == []
+    assert [type(layer) for layer in model] == [type(layer) for layer in toy(norm)]
+    with pytest.raises(PolicyError, match="would do nothing"), frozen(model, stats=False, affine=False):
+        pass
+
+
+def test_layers_can_be_excluded_everywhere():
+    model = freeze_bn(toy(), exclude="4")
+    assert [row.train_stats for row in describe_bn(model)] == ["running", "batch"]
+    freeze_bn(model)
+    unfreeze_bn(model, exclude="1")
+    assert [row.train_stats for row in describe_bn(model)] == ["running", "batch"]
+    model = convert_sync_bn(toy(), exclude=["1"])
+    assert [row.train_stats for row in describe_bn(model)] == ["batch", "sync"]
+    revert_sync_bn(convert_sync_bn(model), exclude="4")
+    assert [row.train_stats for row in describe_bn(model)] == ["batch", "sync"]
+    for change in (freeze_bn, unfreeze_bn, convert_sync_bn, revert_sync_bn):
+        with pytest.raises(SelectionError, match="'nothing' matches no BN layer"):
+            change(model, exclude="nothing")
+
+
+@NORMS
+def test_names_of_the_users_stay(norm):
+    model = toy(norm)
+    model[4].register_buffer("bn_mask", torch.ones(6))
+    model[4].bn_scale = nn.Parameter(torch.ones(6))
+    vars(model[4])["_bn_x"] = 7
+    twin = copy.deepcopy(model)
+    before, keys = attributes(model), list(model.state_dict())
+    for policy in ({"domains": ("a", "b"), "domain_affine": "own"}, {"train_stats": "renorm", "renorm_ramp": 2}):
+        apply_policy(model, BNPolicy(**policy))
+        assert list(model.state_dict()) == keys
+        assert twin.load_state_dict(model.state_dict()) == ([], [])
+        assert "bn_mask" not in str(policy_state(model))
+    with no_stat_updates(model):
+        model(images(size=12))
+    load_policy_state(model, policy_state(freeze_bn(toy(norm))))
+    restore_bn(model)
+    assert attributes(model) == before
+    assert (model[4]._bn_x, model[4].bn_mask.tolist()) == (7, [1.0] * 6)
+
+
+def test_a_name_that_is_taken_is_said_before_anything_changes():
+    model = toy()
+    model[4].register_buffer("bn_b_running_mean", torch.ones(6))
+    with pytest.raises(LayerError, match="BN layer '4' has a 'bn_b_running_mean' already"):
+        apply_policy(model, BNPolicy(domains="b"))
+    vars(model[4])["_bn_holds"] = 3
+    with pytest.raises(LayerError, match="BN layer '4' has an attribute '_bn_holds', which policies use"):
+        freeze_bn(model)
+    assert (type(model[1]), model[4]._bn_holds) == (nn.BatchNorm2d, 3)
 
 
 @pytest.mark.parametrize("change", [freeze_bn, unfreeze_bn])

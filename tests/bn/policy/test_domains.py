@@ -68,8 +68,12 @@ def test_own_affine_learns_apart_and_stays_out_of_the_state_dict():
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in toy().named_parameters()]
 
 
-def test_the_first_use_declares_and_a_slip_of_the_pen_does_not():
+def test_a_domain_that_was_never_declared_is_an_error():
     model = toy()
+    with pytest.raises(SelectionError, match=r"no domain 'target'; declared are none; add it by BNPolicy\(domains="):
+        domain(model, "target").__enter__()
+    assert type(model[1]) is nn.BatchNorm2d
+    apply_policy(model, BNPolicy(domains="target"))
     with domain(model, "target"):
         model(images(size=12))
     assert model[1].num_batches_tracked == 0
@@ -77,7 +81,7 @@ def test_the_first_use_declares_and_a_slip_of_the_pen_does_not():
     with pytest.raises(SelectionError, match="no domain 'taget'; declared are target; add it by BNPolicy"):
         domain(model, "taget").__enter__()
     with pytest.raises(PolicyError, match="'my domain' is no identifier"):
-        domain(toy(), "my domain").__enter__()
+        BNPolicy(domains="my domain")
     with pytest.raises(SelectionError, match="no domain 'x' in this model"):
         export_domain(model, "x")
 
@@ -107,8 +111,9 @@ def test_domains_of_some_layers_leave_the_others_shared():
 @pytest.mark.parametrize("train_stats", ["running", "renorm", "stochastic", "ghost"])
 def test_every_rule_reads_and_updates_the_domain(train_stats):
     model, alone = toy(), toy()
+    needed = {"ghost_size": 2} if train_stats == "ghost" else {}
     for each in (model, alone):
-        apply_policy(each, BNPolicy(train_stats=train_stats, ghost_size=2))
+        apply_policy(each, BNPolicy(train_stats=train_stats, **needed))
     apply_policy(model, BNPolicy(domains="b"))
     for step in range(2):
         torch.manual_seed(step)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfinetune.bn import BNPolicy, apply_policy
 from bnfinetune.errors import StatisticsError
@@ -90,7 +91,8 @@ def test_gradients_agree_with_finite_differences(rule):
 @pytest.mark.parametrize("affine", ["trained", "frozen"])
 @pytest.mark.parametrize("eval_stats", ["running", "batch", "mix"])
 def test_evaluation_follows_the_papers_formula(eval_stats, affine):
-    layer = make_layer(nn.BatchNorm2d, eval_stats=eval_stats, mix_prior=6.0, affine=affine).eval()
+    needed = {"mix_prior": 6.0} if eval_stats == "mix" else {}
+    layer = make_layer(nn.BatchNorm2d, eval_stats=eval_stats, affine=affine, **needed).eval()
     x = make_input((7, CHANNELS, 3, 5))
     stats = (layer.running_mean.clone(), layer.running_var.clone())
     if eval_stats == "mix":
@@ -216,6 +218,23 @@ def test_statistics_that_are_not_finite_stay_out(rule, poison):
 
 
 @pytest.mark.parametrize("rule", TRAIN)
+def test_a_cumulative_average_counts_only_whole_sound_batches(rule):
+    layer = make_layer(nn.BatchNorm2d, train_stats=rule, update_stats="cumulative", **TRAIN[rule])
+    sound = make_layer(nn.BatchNorm2d, train_stats=rule, update_stats="cumulative", **TRAIN[rule])
+    for step in range(4):
+        x = make_input((6, CHANNELS, 3, 3), seed=step).detach()
+        if step == 1:
+            x[0, 1, 0, 0] = math.nan  # of one channel; an average of the others would weigh this batch twice
+            layer(x)
+            continue
+        layer(x)
+        sound(x)
+    assert (layer.num_batches_tracked, sound.num_batches_tracked) == (3, 3)
+    torch.testing.assert_close(layer.running_mean, sound.running_mean, **DOUBLE)
+    torch.testing.assert_close(layer.running_var, sound.running_var, **DOUBLE)
+
+
+@pytest.mark.parametrize("rule", TRAIN)
 def test_memory_format_and_layout_do_not_matter(rule):
     x = make_input((7, CHANNELS, 4, 5)).detach()
     results = []
@@ -247,6 +266,29 @@ def test_half_precision_activations_keep_their_type_and_wide_statistics(rule):
     torch.testing.assert_close(got.double(), wanted, rtol=1e-2, atol=3e-2)
     torch.testing.assert_close(half.running_mean.double(), wide.running_mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(half.running_var.double(), wide.running_var, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["running", "renorm", "stochastic"])
+def test_wide_kernels_take_no_copy_of_a_half_precision_batch(rule, monkeypatch):
+    """As on CUDA: what the CPU computes less exactly by this kernel it computes all the same."""
+    monkeypatch.setattr("bnfinetune.bn.functional._has_wide_kernel", lambda x: True)
+    largest = []
+
+    class Conversions(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default:
+                largest.append(args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    wide = make_layer(nn.BatchNorm2d, train_stats=rule, **TRAIN[rule])
+    half = make_layer(nn.BatchNorm2d, train_stats=rule, **TRAIN[rule]).float()
+    x = make_input((8, CHANNELS, 6, 6)).detach().bfloat16()
+    with Conversions():
+        half(x)
+    wide(x.double())
+    assert max(largest, default=0) <= CHANNELS
+    torch.testing.assert_close(half.running_mean.double(), wide.running_mean, rtol=2e-2, atol=1e-2)
+    torch.testing.assert_close(half.running_var.double(), wide.running_var, rtol=2e-2, atol=1e-2)
 
 
 def test_stochastic_draws_follow_the_seed_and_the_probability():

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,15 +13,20 @@ from torchvision.ops import FrozenBatchNorm2d
 from bnfinetune.bn import (
     BNPolicy,
     apply_policy,
+    domain,
     find_bn_layers,
     freeze_bn,
+    frozen,
+    load_policy_state,
+    no_stat_updates,
+    policy_state,
     register_bn_class,
     restore_bn,
     unfreeze_bn,
 )
 from bnfinetune.bn.policy.switched_layer import switches_of
 from bnfinetune.errors import LayerError
-from tests.bn.models import BACKBONES, backbone, images, randomise, toy
+from tests.bn.models import BACKBONES, backbone, images, randomise, tensors_of, toy
 
 NATIVE = {
     nn.BatchNorm2d: ("batch", "ema", "trained", "running"),
@@ -192,3 +198,130 @@ def test_half_and_double_conversions_carry_everything_along():
     model = apply_policy(toy(), BNPolicy(domains="other", train_stats="renorm", renorm_ramp=3)).double()
     assert {buffer.dtype for buffer in model.buffers()} == {torch.double, torch.long}
     model(images(size=12).double())
+
+
+NORMS = pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNormAct2d])
+POLICIES = {
+    "frozen": {"train_stats": "running", "update_stats": "none", "affine": "frozen"},
+    "running": {"train_stats": "running"},
+    "batch": {"train_stats": "batch"},
+    "cumulative": {"update_stats": "cumulative", "eval_stats": "batch"},
+    "sync": {"train_stats": "sync"},
+    "ghost": {"train_stats": "ghost", "ghost_size": 2},
+    "renorm": {"train_stats": "renorm", "renorm_warmup": 1, "renorm_ramp": 2},
+    "stochastic": {"train_stats": "stochastic", "eval_stats": "mix"},
+    "domains": {"domains": "b", "domain_affine": "own"},
+}
+
+
+def in_domain(model, policy):
+    return domain(model, "b") if policy == "domains" else nullcontext()
+
+
+def assert_alike(model, twin, policy):
+    """Two models compute the same in training and in evaluation, and hold the same statistics afterwards."""
+    for training in (True, False):
+        outputs = []
+        for each in (model.train(training), twin.train(training)):
+            torch.manual_seed(0)
+            with in_domain(each, policy):
+                outputs.append(each(images(size=12)))
+        assert outputs[0].equal(outputs[1])
+    assert all(a.equal(b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
+
+
+@NORMS
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_layer_is_called_by_the_name_that_its_class_gives_its_input(norm, policy):
+    layer = apply_policy(randomise(norm(6)), BNPolicy(**POLICIES[policy]))
+    x, name = images(size=6).repeat(1, 2, 1, 1), "input" if norm is nn.BatchNorm2d else "x"
+    other = "x" if name == "input" else "input"
+    for training in (True, False):
+        twin = copy.deepcopy(layer.train(training))
+        for context in (no_stat_updates, lambda each: in_domain(each, policy), lambda each: in_domain(each, "")):
+            results = []
+            for each, args, kwargs in ((layer, (), {name: x}), (twin, (x,), {})):
+                torch.manual_seed(0)
+                with context(each):
+                    results.append(each(*args, **kwargs))
+            assert results[0].equal(results[1])
+        for args, kwargs in (((), {other: x}), ((x,), {other: x}), ((), {name: x, other: x})):
+            with pytest.raises(TypeError, match=f"unexpected keyword argument '{other}'"):
+                layer(*args, **kwargs)
+        for args, kwargs in (((), {}), ((x, x), {}), ((x,), {name: x})):
+            with pytest.raises(TypeError, match=f"takes one input, '{name}'"):
+                layer(*args, **kwargs)
+
+
+def test_a_class_of_ones_own_is_called_by_its_own_name():
+    class Named(nn.BatchNorm2d):
+        def forward(self, activations):
+            return super().forward(activations)
+
+    register_bn_class(Named)
+    layer, x = freeze_bn(randomise(Named(3))), images(size=6)
+    assert layer(activations=x).equal(layer(x))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'input'; the input is named 'activations'"):
+        layer(input=x)
+
+
+@NORMS
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("filled", ["to_empty", "assign"])
+def test_a_model_without_values_is_put_under_a_policy_before_it_gets_them(norm, policy, filled):
+    with torch.device("meta"):
+        model = toy(norm)
+    twin = apply_policy(toy(norm), BNPolicy(**POLICIES[policy]))
+    apply_policy(model, BNPolicy(**POLICIES[policy]))
+    with in_domain(model, policy):
+        assert model(images(size=12).to("meta")).is_meta
+        assert model.eval()(images(size=12).to("meta")).is_meta
+    restore_bn(model)
+    apply_policy(model, BNPolicy(**POLICIES[policy]))
+    if filled == "to_empty":
+        model.to_empty(device="cpu")
+        for buffer in model.buffers():
+            buffer.fill_(77)  # whatever stood in that memory
+    model.load_state_dict(toy(norm).state_dict(), assign=filled == "assign")
+    assert_alike(model, twin, policy)
+
+
+@NORMS
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_default_device_does_not_matter(norm, policy):
+    model, twin = toy(norm), apply_policy(toy(norm), BNPolicy(**POLICIES[policy]))
+    with torch.device("meta"):
+        apply_policy(model, BNPolicy(**POLICIES[policy]))
+        load_policy_state(model, policy_state(model))
+        with frozen(model), no_stat_updates(model):
+            pass
+    assert_alike(model, twin, policy)
+    torch.set_default_device("meta")
+    try:
+        x = torch.ones(4, 3, 12, 12, device="cpu").normal_()
+        with in_domain(model, policy):
+            model.train()(x).sum().backward()
+            model.eval()(x)
+        assert type(restore_bn(model)[4]) is norm
+    finally:
+        torch.set_default_device(None)
+
+
+@NORMS
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_reset_forgets_only_what_training_would_learn_again(norm, policy):
+    model = apply_policy(toy(norm), BNPolicy(**POLICIES[policy]))
+    before = tensors_of(model)
+    with no_stat_updates(model):
+        model[4].reset_running_stats()
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+    with in_domain(model, policy):
+        model[4].reset_running_stats()
+    prefix = "bn_b_" if policy == "domains" else ""
+    mean, var = (getattr(model[4], f"{prefix}running_{each}") for each in ("mean", "var"))
+    if policy == "frozen":
+        assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+    else:
+        assert (mean.abs().sum(), var.unique().tolist()) == (0, [1.0])
+    if policy == "domains":
+        assert model[4].running_mean.equal(before["4.running_mean"])

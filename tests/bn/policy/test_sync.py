@@ -29,6 +29,31 @@ from tests.bn.models import BACKBONES, backbone, differing, images, randomise, t
 UNEQUAL = {2: (5, 2), 3: (4, 0, 1)}
 
 
+def second_world_rank(rank: int, ranks: int, store: str) -> list[torch.Tensor]:
+    """The same model in one world, and again in a second world of other neighbours."""
+    model, found = sync_model(), []
+    convert_sync_bn(model, group_size=2)
+    for world, order in enumerate([range(ranks), [0, 2, 1, 3]]):
+        if world:
+            dist.destroy_process_group()
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=list(order).index(rank), world_size=ranks
+            )
+        model.load_state_dict(toy(BatchNormAct2d).double().state_dict())
+        found.append(model.train()(images(3, 9, seed=rank).double()).detach())
+    return found
+
+
+def test_groups_of_an_earlier_world_are_not_used_in_the_next(tmp_path):
+    results = run_ranks(4, second_world_rank, tmp_path, 4, str(tmp_path / "store"))
+    for world, pairs in enumerate([[(0, 1), (2, 3)], [(0, 2), (1, 3)]]):
+        for pair in pairs:
+            joined = torch.cat([images(3, 9, seed=rank).double() for rank in pair])
+            wanted = toy(BatchNormAct2d).double()(joined).split(3)
+            for rank, output in zip(pair, wanted, strict=True):
+                torch.testing.assert_close(results[rank][world], output, rtol=1e-9, atol=1e-11)
+
+
 def joined_batch(ranks: int) -> torch.Tensor:
     return images(sum(UNEQUAL[ranks]), size=9).double() * 3 + 40
 

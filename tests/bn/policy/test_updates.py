@@ -5,7 +5,9 @@ import math
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from bnfinetune.bn import (
@@ -191,6 +193,52 @@ def test_a_skipped_step_is_taken_back_bit_for_bit():
     snapshot.take()
     model(images(size=12))
     snapshot.rollback()
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNormAct2d])
+@pytest.mark.parametrize("change", ["before take", "after take", "moved", "another layer", "loaded"])
+def test_a_snapshot_follows_buffers_that_are_replaced(change, norm):
+    model = toy(norm)
+    snapshot = StatSnapshot(model)
+    snapshot.take()
+    model(images(size=12))
+
+    def replace() -> None:
+        if change == "moved":
+            model.double()
+        elif change == "another layer":
+            model[4] = copy.deepcopy(model[4])
+        elif change == "loaded":
+            model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
+        else:
+            model[4].running_var = model[4].running_var.clone()
+
+    if change == "before take":
+        replace()
+    snapshot.take()
+    before = tensors_of(model)
+    if change != "before take":
+        replace()
+    model(images(size=12, seed=1).to(model[0].weight.dtype))
+    assert not model[4].running_var.float().equal(before["4.running_var"])
+    snapshot.rollback()
+    assert all(tensor.float().equal(before[key].float()) for key, tensor in model.state_dict().items())
+
+
+def test_a_snapshot_leaves_alone_what_is_no_statistic():
+    model = toy()
+    prune.l1_unstructured(model[4], "weight", 0.5)
+    snapshot = StatSnapshot(model)
+    snapshot.take()
+    prune.l1_unstructured(model[4], "weight", 0.5)
+    pruned = model[4].weight_mask.clone()
+    snapshot.rollback()
+    assert model[4].weight_mask.equal(pruned)
+    for buffer in (model[4].running_mean, model[4].running_var):
+        buffer.add_(1)
+    model[4].running_mean = None  # taken off since: nothing to write it to
+    snapshot.rollback()
+    assert model[4].running_mean is None
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bnfinetune.bn import find_bn_layers
+from bnfinetune.bn.statistics.moments import Moments
 
 Estimate = Callable[[list[np.ndarray]], tuple[np.ndarray, np.ndarray]]
 
@@ -51,3 +52,12 @@ def relative_errors(layer: nn.Module, calls: list[np.ndarray], estimate: Estimat
     off_mean = np.abs(layer.running_mean.double().numpy() - mean) / np.maximum(np.abs(mean), np.sqrt(var))
     off_var = np.abs(layer.running_var.double().numpy() - var) / var
     return float(off_mean.max()), float(off_var.max())
+
+
+def moments_of(x: torch.Tensor) -> Moments:
+    """Moments of the values of a tensor (N, C, ...) by two passes in float64."""
+    values = x.double().transpose(0, 1).flatten(1)
+    if not values.shape[1]:
+        return Moments.empty(x.shape[1])
+    mean = values.mean(1)
+    return Moments(values.shape[1], mean, (values - mean[:, None]).square().sum(1))

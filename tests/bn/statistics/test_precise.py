@@ -83,6 +83,20 @@ def test_ema_equals_training_mode_forwards_of_pytorch(momentum):
         torch.testing.assert_close(value, twin.state_dict()[key], rtol=2e-6, atol=1e-6, msg=key)
 
 
+@pytest.mark.parametrize("momentum", [None, 0.3])
+def test_a_batch_of_one_value_moves_the_mean_of_an_ema_and_not_its_variance(momentum):
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    many, one = images(6, 1).flatten(1), torch.tensor([[5.0, -3.0, 2.0]])
+    precise_bn(model, [many], variance="ema", momentum=momentum or 0.3)
+    before = tensors_of(model)
+    model[0].momentum = momentum
+    model[0].num_batches_tracked.fill_(1)
+    precise_bn(model, [one], variance="ema", momentum=momentum)
+    weight = 0.5 if momentum is None else momentum
+    assert model[0].running_var.equal(before["0.running_var"])
+    torch.testing.assert_close(model[0].running_mean, torch.lerp(before["0.running_mean"], one[0], weight))
+
+
 @pytest.mark.parametrize("shift", [0.0, 1.0, 100.0, 1000.0])
 @pytest.mark.parametrize("shape", [(3,), (3, 7), (3, 6, 5), (3, 2, 3, 2)])
 def test_large_means_and_tiny_deviations_keep_their_precision(shift, shape):
@@ -207,6 +221,7 @@ def test_folded_layers_are_unfolded_for_the_pass_and_folded_again():
 def test_a_domain_gets_statistics_of_its_own():
     model, plain = toy(), toy()
     before = statistics_of(model)
+    apply_policy(model, BNPolicy(domains="target"))
     with domain(model, "target"):
         precise_bn(model, batches_of())
         inside = model.eval()(images())
@@ -419,13 +434,6 @@ def test_modes_hooks_and_buffers_stay():
     assert len(seen) == len(SIZES)
     assert all(buffers[key] is buffer for key, buffer in model.named_buffers())
     assert "forward" not in vars(model[1])
-
-
-def test_a_forward_of_the_instance_is_put_back():
-    model = nn.Sequential(nn.BatchNorm2d(3))
-    own = model[0].forward = lambda x: x
-    precise_bn(model, batches_of())
-    assert model[0].forward is own
 
 
 # --- limits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import prepare_data_loader
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -230,6 +230,27 @@ def test_padding_is_recognised_in_every_kind_of_loader(ranks, length, batch, tmp
         read = {number for _, rows, _ in kinds for number in rows}
         kept = [number for *_, rows in kinds for number in rows]
         assert sorted(kept) == sorted(read)  # each sample that was read at all, once
+
+
+def skipping_rank(rank: int, skipped: int) -> list[tuple[str, list[float]]]:
+    Accelerator(cpu=True)
+    found = []
+    for loader in loaders_of_rank(rank, 2, 13, 3):
+        loader = skip_first_batches(loader, skipped)
+        rule, kept = real_rows_of(loader), []
+        for index, rows in enumerate(loader):
+            kept += rows.flatten().tolist()[: rule(index, len(rows))]
+        found.append((type(loader).__name__, kept))
+    return found
+
+
+@pytest.mark.parametrize("skipped", [1, 2])
+def test_padding_is_recognised_after_skipped_batches(skipped, tmp_path):
+    for (kind, first), (_, second) in zip(*run_ranks(2, skipping_rank, tmp_path, skipped), strict=True):
+        kept = first + second
+        assert len(set(kept)) == len(kept), kind
+        # accelerate's dispatcher skips batches of one rank, everything else those of both; one sampler drops the 13th
+        assert len(kept) in (13 - 3 * skipped, 13 - 6 * skipped, 12 - 6 * skipped), kind
 
 
 def padded_statistics_rank(rank: int, kind: str) -> tuple[dict, int]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import timm
 import torch
 from torch import nn
 
-from bnfinetune.bn import domain
-from bnfinetune.bn.statistics.moments import Moments, all_reduce_moments
+from bnfinetune.bn import BNPolicy, apply_policy, domain
+from bnfinetune.bn.statistics.moments import all_reduce_moments
 from bnfinetune.bn.statistics.ranks import merge_running_stats
 from bnfinetune.errors import StatisticsError
 from tests.bn.distributed import run_ranks
+from tests.bn.statistics.oracle import moments_of
 
 COUNTS = (30, 0, 12)
 
@@ -64,7 +67,7 @@ def test_merged_statistics_obey_the_law_of_total_variance(name, tmp_path):
 
 
 def domains_of_rank(rank: int) -> dict:
-    model = nn.Sequential(nn.BatchNorm2d(2))
+    model = apply_policy(nn.Sequential(nn.BatchNorm2d(2)), BNPolicy(domains="target"))
     with domain(model, "target"), torch.no_grad():
         model(torch.full((1, 2, 2, 2), 10.0 * rank) + torch.arange(4.0).view(2, 2))
     merge_running_stats(model, 1)
@@ -110,9 +113,9 @@ def test_a_fault_on_one_rank_is_raised_on_all_and_changes_nothing(tmp_path):
     assert "'1' has a running_var that is not finite" in nan_1
 
 
-def all_reduce_rank(rank: int) -> list[Moments]:
+def all_reduce_rank(rank: int) -> list:
     shards = (torch.arange(12.0).view(4, 3), torch.empty(0, 3), torch.full((1, 3), 100.0))
-    return all_reduce_moments([Moments.of(shards[rank]), Moments.of(shards[rank] * 2)])
+    return all_reduce_moments([moments_of(shards[rank]), moments_of(shards[rank] * 2)])
 
 
 def test_all_reduce_of_unequal_and_empty_shards(tmp_path):
@@ -131,3 +134,41 @@ def test_one_process_needs_no_merging():
     before = state_of(model)
     merge_running_stats(model, 7)
     assert all(np.array_equal(value, before[key]) for key, value in state_of(model).items())
+
+
+def report_rank(rank: int, folder: str) -> tuple[str, dict, list[float], bool]:
+    model = model_of(0)
+    for buffer in model.buffers():
+        if buffer.ndim and rank != 1:  # rank 1 has seen nothing, and does not count
+            buffer.copy_(torch.full_like(buffer, 1.0))
+    model.layer1[0].bn1.running_mean.fill_(3.0 * rank)
+    torch.set_default_device("meta")  # nothing may be made there
+    try:
+        report = merge_running_stats(model, COUNTS[rank])
+    finally:
+        torch.set_default_device(None)
+    report.save(f"{folder}/{rank}.json")
+    return str(report), report.apart, list(report.counts), model.bn1.running_mean.isfinite().all().item()
+
+
+def test_the_report_says_what_was_merged_and_how_far_ranks_were_apart(tmp_path):
+    reports = run_ranks(3, report_rank, tmp_path, str(tmp_path))
+    assert reports[0] == reports[1] == reports[2]
+    text, apart, counts, finite = reports[0]
+    assert finite
+    assert counts == list(COUNTS)
+    # means 0 and 6 of variance 1, of 30 and 12 images: 12/7 together, and variance 1 + 36 * 30 * 12 / 42^2
+    assert apart.pop("layer1.0.bn1") == pytest.approx((6 - 12 / 7) / (1 + 36 * 360 / 42**2) ** 0.5)
+    assert set(apart.values()) == {0.0}
+    assert "3 ranks merged in 20 layers (42 images: 30 + 0 + 12)" in text
+    assert "(layer1.0.bn1)" in text
+    assert json.loads((tmp_path / "2.json").read_text())["counts"] == counts
+
+
+def test_one_process_has_nothing_to_merge():
+    model = model_of(0)
+    before = state_of(model)
+    report = merge_running_stats(model, 5)
+    assert (report.counts, report.apart) == ((5.0,), {})
+    assert "nothing to merge" in str(report)
+    assert all((before[key] == value).all() for key, value in state_of(model).items())

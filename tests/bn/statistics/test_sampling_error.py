@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bnfinetune.bn.statistics.moments import Moments
+from bnfinetune.bn.statistics.moments import Moments, Rows
 from bnfinetune.bn.statistics.precise import precise_bn
-from bnfinetune.bn.statistics.recorder import Rows
 from bnfinetune.bn.statistics.sampling_error import MAX_GROUPS, BatchGroups, sampling_errors
 
 CHANNELS = 3

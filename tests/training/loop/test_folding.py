@@ -10,9 +10,9 @@ import bnfinetune as bnf
 from bnfinetune.bn.folding.fold import fold_report
 from bnfinetune.bn.layers import find_bn_layers
 from bnfinetune.errors import RecipeError
-from bnfinetune.training.keeper import Keeper
 from bnfinetune.training.loop import folding
 from bnfinetune.training.loop.trainer import Trainer
+from bnfinetune.training.pauses import Pauses
 from tests.training.support import broken_off, write_images, write_weights
 from tests.training.test_run import last_weights, settings
 
@@ -40,7 +40,7 @@ def folded(monkeypatch):
         monkeypatch.setattr(cls, name, watching)
 
     watch(Trainer, "_update", "update", lambda trainer: trainer.model)
-    watch(Keeper, "pause", "pause", lambda keeper: keeper.trainer.model)
+    watch(Pauses, "__call__", "pause", lambda pauses: pauses.trainer.model)
     return seen
 
 

@@ -8,11 +8,10 @@ from safetensors.torch import load_file, save_file
 
 import bnfinetune as bnf
 from bnfinetune.errors import TrainingError
-from bnfinetune.training.keeper import Keeper
 from bnfinetune.training.loop.gradients import Gradients
 from bnfinetune.training.loop.trainer import Trainer
 from bnfinetune.training.saving.states import StateStore
-from tests.training.support import exported, write_images, write_weights
+from tests.training.support import before_ending, exported, write_images, write_weights
 
 
 @pytest.fixture(scope="module")
@@ -135,14 +134,12 @@ def test_the_cause_is_told_apart(images, tmp_path, monkeypatch):
 
 def train_poisoned(options, folder):
     Gradients.compute = poison("loss", {2, 4}, rank=1)
-    finish = Keeper.finish
 
-    def record(self):
-        torch.save(everything(self.trainer), folder / f"{self.trainer.accelerator.process_index}.pt")
-        assert self.trainer.progress.skipped == 2
-        return finish(self)
+    def record(trainer):
+        torch.save(everything(trainer), folder / f"{trainer.accelerator.process_index}.pt")
+        assert trainer.progress.skipped == 2
 
-    Keeper.finish = record
+    before_ending(record)
     bnf.finetune("full", **options)
 
 

@@ -1,11 +1,18 @@
 """Metrics against scikit-learn and plain sums, and their independence of how the data is split."""
 
+import math
+import pickle
+
 import pytest
 import torch
 from sklearn.metrics import confusion_matrix, f1_score, top_k_accuracy_score
 from torch.nn import functional as F
 
+import bnfinetune as bnf
 from bnfinetune.training.measuring.metrics import Tally
+from tests.bn.distributed import run_ranks
+from tests.training.loop.test_guard import settings
+from tests.training.support import write_images
 
 
 @pytest.fixture
@@ -61,3 +68,58 @@ def test_two_classes_and_absent_classes():
     tally.add(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 0]))
     metrics = tally.metrics()
     assert (metrics.top1, metrics.top5, metrics.macro_f1) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("classes", [1_000, 10_450])
+def test_metrics_of_many_classes_take_memory_and_state_linear_in_them(classes):
+    """And are right: against scikit-learn, without a confusion matrix."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, classes, (64,), generator=generator)
+    logits = torch.randn(64, classes, generator=generator)
+    logits[torch.arange(0, 64, 2), labels[::2]] += 9
+    tally = Tally(classes)
+    tally.add(logits, labels)
+    held = sum(value.numel() for value in vars(tally).values() if isinstance(value, torch.Tensor))
+    assert held < 4 * classes
+    metrics, predicted = tally.metrics(), logits.argmax(1)
+    assert metrics.confusion == ()
+    assert metrics.top1 == (predicted == labels).double().mean().item()
+    assert metrics.macro_f1 == pytest.approx(f1_score(labels, predicted, average="macro"))
+    assert len(pickle.dumps(metrics)) < 20 * classes
+
+
+def test_counts_are_whole_numbers_where_the_logits_are():
+    tally = Tally(3)
+    assert tally._counts.dtype == torch.int64
+    tally.add(torch.randn(4, 3).bfloat16(), torch.tensor([0, 1, 2, 0]))
+    assert tally.metrics().images == 4
+
+
+def test_a_loss_that_is_not_finite_is_told():
+    tally = Tally(2)
+    tally.add(torch.tensor([[float("nan"), 0.0], [1.0, 0.0]]), torch.tensor([0, 0]))
+    assert math.isnan(tally.metrics().loss)
+    assert tally.metrics().images == 2
+
+
+def share_of(rank, logits, labels):
+    tally = Tally(7)
+    tally.add(logits[rank::3], labels[rank::3])
+    tally.merge()
+    return tally.metrics()
+
+
+def test_three_ranks_have_the_metrics_of_one(predictions, tmp_path):
+    found = run_ranks(3, share_of, tmp_path, *predictions)
+    assert found[0] == found[1] == found[2]
+    whole = tally_of(*predictions, [203])
+    assert found[0].confusion == whole.confusion
+    assert found[0].scalars() == pytest.approx(whole.scalars(), rel=1e-9)
+
+
+def test_states_hold_no_confusion(tmp_path):
+    source = write_images(tmp_path / "images")
+    result = bnf.finetune("full", **settings(source, tmp_path / "run", **{"train.steps": 1}))
+    state = torch.load(next((tmp_path / "run/checkpoints").iterdir()) / "trainer.pt", weights_only=True)
+    assert state["before"]["validation"]["confusion"] == ()
+    assert sum(map(sum, result.after["validation"].confusion)) == 9

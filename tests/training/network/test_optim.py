@@ -104,7 +104,7 @@ def test_check_names_the_parameter_that_is_missing_or_doubled():
 
 
 def test_an_unknown_optimizer_names_the_nearest():
-    with pytest.raises(RecipeError, match=r"no optimizer 'adamv'; nearest: adam"):
+    with pytest.raises(RecipeError, match=r"no optimizer 'adamv'; did you mean adam"):
         build_optimizer(nn.Linear(2, 2), Optim(name="adamv"))
     with pytest.raises(RecipeError, match="optim.kwargs"):
         build_optimizer(nn.Linear(2, 2), Optim(kwargs={"no_such": 1}))

@@ -9,13 +9,12 @@ import pytest
 
 import bnfinetune as bnf
 from bnfinetune.errors import CheckpointError, RecipeError
-from bnfinetune.training.keeper import Keeper
 from bnfinetune.training.loop.trainer import Trainer
 from bnfinetune.training.run import finetune
 from bnfinetune.training.saving.lock import LOCK, RunLock
 from tests.training.killing import OPTIONS, Kill, train_until
 from tests.training.loop.test_guard import settings
-from tests.training.support import write_images
+from tests.training.support import leave_out_ending, write_images
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def images(tmp_path):
 def stop_after(monkeypatch, update):
     over = Trainer.is_over.fget
     monkeypatch.setattr(Trainer, "is_over", property(lambda self: over(self) or self.progress.update >= update))
-    monkeypatch.setattr(Keeper, "finish", lambda self: (None, {}))
+    leave_out_ending(monkeypatch.setattr)
 
 
 @pytest.fixture
@@ -142,7 +141,7 @@ def test_other_ranks_go_on_with_the_same_global_batch(nursery, images, tmp_path)
 def train_for(options, updates):
     over = Trainer.is_over.fget
     Trainer.is_over = property(lambda self: over(self) or self.progress.update >= updates)
-    Keeper.finish = lambda self: (None, {})
+    leave_out_ending()
     finetune("full", **options)
 
 

@@ -21,13 +21,13 @@ from bnfinetune.diagnose.set_up import check_set_up
 from bnfinetune.diagnose.watch import watch_bn
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import diff_recipes, load_recipe
+from bnfinetune.training.assembly import assemble
 from bnfinetune.training.data.from_recipe import recipe_loaders
 from bnfinetune.training.launch import start_accelerator
 from bnfinetune.training.loop.trainer import Trainer
 from bnfinetune.training.measuring.measure import checkpoint_recipe, load_exported, open_data
 from bnfinetune.training.measuring.recalibrate import recalibrate
 from bnfinetune.training.network.backbone import input_config
-from bnfinetune.training.run import assemble
 
 
 def check_recipe(recipe: Recipe, *, steps: int = 3, ignore: Sequence[str] = ()) -> Findings:
@@ -69,7 +69,7 @@ def _no_pause(*, evaluate: bool) -> None:
 
 
 def _dry_trainer(recipe: Recipe) -> Trainer:
-    return assemble(recipe, start_accelerator(recipe.train.mixed_precision), lambda _: None).trainer
+    return assemble(recipe, start_accelerator(recipe.train.mixed_precision, trains=True), lambda _: None).trainer
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 
 import bnfinetune as bnf
 import bnfinetune.demo
-from bnfinetune.diagnose.recipes import _dry_trainer, check_recipe, inspect_checkpoint
 from bnfinetune.diagnose.set_up import check_set_up
 from bnfinetune.recipe_files import load_recipe, shipped_recipes
+from bnfinetune.training.checkup import _dry_trainer, check_recipe, inspect_checkpoint
 from tests.diagnose.support import codes, the
 from tests.training.support import write_images
 

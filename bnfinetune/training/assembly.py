@@ -1,0 +1,108 @@
+"""From a recipe to all that trains: network under its policies, loaders, optimizer, loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from bnfinetune.diagnose.finding import Findings, render
+from bnfinetune.diagnose.set_up import check_set_up
+from bnfinetune.errors import DataError, PolicyError
+from bnfinetune.recipe import Recipe
+from bnfinetune.recipe_files import dump_recipe
+from bnfinetune.training.data.from_recipe import recipe_loaders
+from bnfinetune.training.data.splits import ImageSplits, load_splits
+from bnfinetune.training.launch import on_all, on_main, seed_ranks
+from bnfinetune.training.loop.trainer import Trainer
+from bnfinetune.training.network.backbone import build_backbone, input_config, restrict_training
+from bnfinetune.training.network.norms import convert_recipe_norms, norm_config
+from bnfinetune.training.network.policies import apply_recipe_policies
+from bnfinetune.training.network.shapes import smallest_batch
+from bnfinetune.training.saving.export import save_export
+from bnfinetune.training.saving.run_folder import RunFolder
+
+
+class Assembly(NamedTuple):
+    """What a recipe comes to before its first update.
+
+    Attributes:
+        trainer: Network under its policies, loaders, optimizer and loop.
+        splits: The images.
+        data_config: timm's description of what the network takes.
+        dropped: Training images that each epoch leaves out, too few for a batch that BN can normalise.
+    """
+
+    trainer: Trainer
+    splits: ImageSplits
+    data_config: dict[str, Any]
+    dropped: int
+
+    def export(self, network: nn.Module, folder: RunFolder, statistics: dict[str, Any]) -> None:
+        """Write a network as the best of its run; `statistics` says where those of its BN layers come from."""
+        recipe = self.trainer.recipe
+        source = statistics | {"update": self.trainer.progress.best_update}
+        names, norms = self.splits.class_names, norm_config(recipe.model)
+        save_export(folder.best, network, names, self.data_config, dump_recipe(recipe), source, norms)
+
+
+def assemble(recipe: Recipe, accelerator: Accelerator, say: Callable[[str], None]) -> Assembly:
+    """Load and build all that a recipe names; nothing is written.
+
+    Args:
+        recipe: The recipe.
+        accelerator: The device and ranks, from `start_accelerator`.
+        say: Told what a change of norm layers did to the network.
+
+    Raises:
+        BnFinetuneError: Its network or data cannot be used.
+    """
+    splits = on_all(accelerator, lambda: load_splits(recipe.data, recipe.run.seed))
+    _check_same_data(accelerator, splits, recipe)
+    seed_ranks(recipe.run)
+    model = on_main(accelerator, lambda: build_backbone(recipe.model, splits.class_names))
+    seed_ranks(recipe.run)  # only the first rank has drawn
+    restrict_training(model, recipe.model.trainable)
+    data_config = input_config(model, recipe.data.image_size)
+    loaders = recipe_loaders(recipe, splits, data_config, accelerator)
+    convert_recipe_norms(model, recipe.model, loaders, say)
+    apply_recipe_policies(model, recipe, loaders.train.batches)
+    least = smallest_batch(model, data_config["input_size"], recipe.train.batch_size, loaders.train.rarest_share)
+    dropped = loaders.train.drop_remainder(least)
+    trainer = Trainer(recipe, accelerator, model, loaders, len(splits.class_names))
+    return Assembly(trainer, splits, data_config, dropped)
+
+
+def _check_same_data(accelerator: Accelerator, splits: ImageSplits, recipe: Recipe) -> None:
+    """Every machine reads the images from its own disk: they must be the same ones.
+
+    Raises:
+        DataError: They are not.
+    """
+    found = gather_object([splits.fingerprint()]) if accelerator.num_processes > 1 else []
+    other = next((rank for rank, each in enumerate(found) if each != found[0]), None)
+    if other is not None:
+        raise DataError(
+            f"data.source: process {other} finds other images in {recipe.data.source} than process 0: bring the same "
+            "files to every machine, or name a folder that all of them share"
+        )
+
+
+def judge(trainer: Trainer) -> Findings:
+    """What the doctor finds in the set-up, as far as `run.check` asks.
+
+    Raises:
+        PolicyError: `run.check=error`, and a finding is an error.
+    """
+    recipe = trainer.recipe
+    if recipe.run.check == "off":
+        return Findings()
+    ranks = trainer.accelerator.num_processes
+    found = check_set_up(recipe, trainer.model, trainer.optimizer, updates=trainer.updates, ranks=ranks)
+    errors = Findings(finding for finding in found if finding.severity == "error")
+    if recipe.run.check == "error" and errors:
+        raise PolicyError(f"run.check=error: {render(errors, 'lines').splitlines()[0]}")
+    return found

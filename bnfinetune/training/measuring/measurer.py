@@ -1,0 +1,89 @@
+"""All that is measured of a run's networks, and when their statistics are computed anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+
+from accelerate import Accelerator
+from torch import nn
+
+from bnfinetune.bn.statistics.report import PreciseBNReport
+from bnfinetune.diagnose.drift_report import DriftReport
+from bnfinetune.recipe import Recipe
+from bnfinetune.training.data.loaders import EvalLoader, Loaders
+from bnfinetune.training.launch import on_main
+from bnfinetune.training.loop.memory import enough_memory
+from bnfinetune.training.measuring.drift_meter import DriftMeter
+from bnfinetune.training.measuring.measure import adapted, measure
+from bnfinetune.training.measuring.metrics import Metrics
+from bnfinetune.training.measuring.mistakes import Mistakes
+from bnfinetune.training.measuring.recalibrate import recalibrate
+
+
+class Measurer:
+    """Measures the networks of a run.
+
+    Args:
+        recipe: How to adapt and when to compute statistics anew.
+        accelerator: Device, precision and ranks.
+        loaders: The images.
+        network: As the run starts, before any statistic of it is computed anew.
+        num_classes: Its outputs.
+    """
+
+    def __init__(
+        self, recipe: Recipe, accelerator: Accelerator, loaders: Loaders, network: nn.Module, num_classes: int
+    ) -> None:
+        self.recipe, self.accelerator, self.loaders, self.num_classes = recipe, accelerator, loaders, num_classes
+        followed = network if recipe.run.report else nn.Identity()
+        self._meter = DriftMeter(followed, loaders, accelerator, recipe.evaluated_domain_number)
+        self.drift_at_start = self._meter.start
+
+    def measure(
+        self, network: nn.Module, loader: EvalLoader, mistakes: Mistakes | None = None, *, confusion: bool = False
+    ) -> Metrics:
+        """Metrics over the images of a loader; `mistakes` keeps the worst of it."""
+        with self._enough_memory():
+            return measure(network, loader, self.num_classes, self.accelerator, mistakes, confusion=confusion)
+
+    def measure_all(
+        self, network: nn.Module, mistakes: Mistakes | None = None, *, final: bool = False
+    ) -> dict[str, Metrics]:
+        """Metrics by split; `mistakes` are those on the last.
+
+        Of the final network, with confusion, and adapted to each split as `evaluate.adapt` says.
+        """
+        measured, targets = self.loaders.measured, self.loaders.targets
+        last = list(measured)[-1]
+        return {
+            name: self.measure(
+                adapted(network, self.recipe, targets[name]) if final else network,
+                loader,
+                mistakes if name == last else None,
+                confusion=final,
+            )
+            for name, loader in measured.items()
+        }
+
+    def recalibrate(self, moment: str, networks: Mapping[str, nn.Module]) -> dict[str, PreciseBNReport]:
+        """Compute statistics anew if the recipe asks for it at this moment; what came of it, by network."""
+        if moment not in self.recipe.recalibrate.at:
+            return {}
+        with self._enough_memory():
+            return {
+                name: recalibrate(network, self.loaders, self.recipe, self.accelerator, exported=moment == "end")
+                for name, network in networks.items()
+            }
+
+    def read_drift(self, network: nn.Module) -> dict[str, float]:
+        """How far the statistics of a network are from the images' own and have moved; see `DriftMeter.read`."""
+        return on_main(self.accelerator, lambda: self._meter.read(network))
+
+    def report_drift(self, network: nn.Module) -> DriftReport | None:
+        """The whole measurement of statistics, on rank 0."""
+        return self._meter.report(network, self.recipe.train.batch_size)
+
+    def _enough_memory(self) -> AbstractContextManager[None]:
+        setting = f"evaluate.batch_size={self.recipe.evaluate.batch_size} per process"
+        return enough_memory(self.accelerator.device, setting, "lower it, or data.image_size")

@@ -1,0 +1,151 @@
+"""What happens between updates: measure, remember the best, save, decide whether to go on."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate.utils import gather_object
+from torch import nn
+
+from bnfinetune.bn.layers import is_bn_layer
+from bnfinetune.recipe_files import dump_recipe
+from bnfinetune.training.assembly import Assembly
+from bnfinetune.training.data.loaders import EvalLoader
+from bnfinetune.training.launch import GlobalBatch, on_main
+from bnfinetune.training.measuring.measurer import Measurer
+from bnfinetune.training.measuring.metrics import Metrics
+from bnfinetune.training.record import Record
+from bnfinetune.training.saving.atomic import append_line, in_words, write_text
+from bnfinetune.training.saving.run_folder import METRICS, UNREADABLE, RunFolder
+from bnfinetune.training.saving.states import StateStore, random_state, rank_statistics
+
+
+@dataclass
+class Pauses:
+    """Called by the loop between updates; only rank 0 writes and speaks."""
+
+    setup: Assembly
+    folder: RunFolder
+    record: Record
+    measurer: Measurer
+    validation: EvalLoader  # or the features of its images
+    say: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self.trainer, self.accelerator = self.setup.trainer, self.setup.trainer.accelerator
+        self.store = StateStore(self.folder.path, keep=self.trainer.recipe.checkpoint.keep)
+        going_on = self.folder.state is not None
+        self.saved_update = self.trainer.progress.update if going_on else None  # of the newest state
+        self.told_skipped = self.trainer.progress.skipped
+
+    def __call__(self, *, evaluate: bool) -> None:
+        """Evaluate if it is time, and save.
+
+        While updates are skipped, only what was asked for is saved: the weights are those from before, and states from
+        before keep their places.
+        """
+        if evaluate:
+            self.evaluate()
+        progress, asked = self.trainer.progress, self.trainer.asked
+        if any(asked) or not progress.skipped_in_row:
+            self.save()
+        if asked.end_by:
+            name = signal.Signals(asked.end_by).name
+            self.say(
+                f"{name}: saved after update {progress.update}; go on with train.resume=auto run.dir={self.folder.path}"
+            )
+
+    def evaluate(self) -> None:
+        """Measure the network, and export it if it is the best so far."""
+        trainer, recipe = self.trainer, self.trainer.recipe
+        trainer.merge_statistics()
+        reports = self.measurer.recalibrate("eval", trainer.networks())
+        self.record.note_recalibration(reports.values(), recipe.recalibrate.data, "eval")
+        network = trainer.evaluated
+        metrics = self.measurer.measure(network, self.validation)
+        better = self._compare(network, metrics)
+        self._note(network, metrics, better)
+        self.list_unreadable()
+        if better and self.accelerator.is_main_process:
+            self.setup.export(network, self.folder, self.record.statistics)
+
+    def _compare(self, network: nn.Module, metrics: Metrics) -> bool:
+        """Whether a network is the best so far; one that holds a value which is not finite never is."""
+        progress, recipe = self.trainer.progress, self.trainer.recipe
+        metric = recipe.checkpoint.metric
+        value = metrics.scalars()[metric]
+        better = progress.take_score(metric, value, metrics.loss, sound=_is_finite(network))
+        progress.stopped = progress.stale >= (recipe.train.early_stop or float("inf"))
+        return better
+
+    def _note(self, network: nn.Module, metrics: Metrics, better: bool) -> None:
+        """Write an evaluation down, for trackers, files and readers."""
+        progress = self.trainer.progress
+        record = self.trainer.take_losses() | {"update": progress.update, "epoch": progress.epoch} | metrics.scalars()
+        record |= self.measurer.read_drift(network)
+        self.record.history.append(record)
+        self.accelerator.log({key: value for key, value in record.items() if value is not None}, step=progress.update)
+        if self.accelerator.is_main_process:
+            path = self.folder.path / METRICS
+            with in_words(f"{path}"):
+                append_line(path, record)
+        self.say(_line(record, better))
+        if progress.skipped > self.told_skipped:
+            self.say(f"skipped {progress.skipped - self.told_skipped} updates: loss or gradient was not finite")
+        self.told_skipped = progress.skipped
+
+    def list_unreadable(self) -> None:
+        """Write down the images that were left out, over all ranks and starts of the run."""
+        if self.trainer.recipe.data.on_error != "skip":
+            return
+        unreadable = self.record.unreadable
+        known = len(unreadable)
+        unreadable.update(dict.fromkeys(gather_object(self.trainer.loaders.skipped)))
+        path = self.folder.path / UNREADABLE
+        if self.accelerator.is_main_process and unreadable and (len(unreadable) > known or not path.exists()):
+            with in_words(str(path)):
+                write_text(path, "".join(f"{line}\n" for line in unreadable))
+
+    def save(self) -> None:
+        """Save everything that going on needs; each rank contributes its random state and its own statistics."""
+        trainer, update = self.trainer, self.trainer.progress.update
+        if self.saved_update == update:
+            return
+        networks = trainer.networks()
+        mine = {"random": random_state(self.accelerator.device), "statistics": {}}
+        if self.accelerator.num_processes > 1:
+            mine["statistics"] = rank_statistics(networks)
+        ranks = gather_object([mine])
+        state = trainer.state() | self.record.state() | {"ranks": ranks}
+        batch = GlobalBatch.of(trainer.recipe, len(ranks))
+        about = {
+            "update": update,
+            "epoch": trainer.progress.epoch,
+            "ranks": batch.ranks,
+            "batch_size": batch.size,
+            "grad_accum": batch.accumulated,
+            "fingerprint": self.record.statistics["fingerprint"],
+        }
+        with trainer.merged_statistics():
+            on_main(
+                self.accelerator, lambda: self.store.save(update, networks, state, dump_recipe(trainer.recipe), about)
+            )
+        self.saved_update = update
+
+
+def _is_finite(network: nn.Module) -> bool:
+    """Whether all weights and BN statistics of a network are finite numbers."""
+    layers = filter(is_bn_layer, network.modules())
+    statistics = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
+    return all(bool(tensor.isfinite().all()) for tensor in (*network.parameters(), *statistics))
+
+
+def _line(record: dict[str, Any], better: bool) -> str:
+    trained = "" if record["train_loss"] is None else f"  training loss {record['train_loss']:.3f}"
+    return (
+        f"epoch {record['epoch']:>3}  update {record['update']:>5}{trained}  validation loss {record['loss']:.3f}"
+        f"  top-1 {record['top1']:.1%}{'  best' if better else ''}"
+    )

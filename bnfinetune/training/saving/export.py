@@ -1,0 +1,64 @@
+"""Networks written for use: folders that timm loads by itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models._hub import save_config_for_hf  # the public save_for_hf refuses channels_last weights
+from torch import nn
+
+from bnfinetune.errors import CheckpointError
+from bnfinetune.training.saving.atomic import in_words, write_folder, write_json, write_text
+from bnfinetune.training.saving.provenance import write_provenance
+
+WEIGHTS = "model.safetensors"
+RECIPE = "recipe.yaml"
+
+
+def save_export(
+    folder: Path,
+    model: nn.Module,
+    class_names: Sequence[str],
+    data_config: Mapping[str, Any],
+    recipe_text: str,
+    statistics: dict[str, Any],
+    norms: Mapping[str, Any],
+) -> None:
+    """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads with nothing but timm.
+
+    The exception is a network whose BatchNorm has become GroupNorm, which timm cannot build; `norms` then says how.
+
+    It holds weights, preprocessing, class names, the recipe that made it, and where its statistics come from.
+    """
+
+    def fill(target: Path) -> None:
+        save_tensors(target / WEIGHTS, model.state_dict())
+        labels = {"label_names": list(class_names)}
+        save_config_for_hf(model, str(target / "config.json"), model_config=labels, data_config=dict(data_config))
+        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+        # it stands beside them too, and transformers would hand both to timm
+        config.get("model_args", {}).pop("num_classes", None)
+        write_json(target / "config.json", {**config, **norms})
+        write_text(target / RECIPE, recipe_text)
+        write_provenance(target, model, statistics)
+
+    with in_words(f"the best network, {folder},"):
+        write_folder(folder, fill)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors as safetensors; tensors that share memory are written once each."""
+    save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, str(path))
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of an exported or saved folder, on the CPU."""
+    try:
+        return load_file(str(folder / WEIGHTS))
+    except Exception as error:  # safetensors raises its own error and OSError alike
+        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from error

@@ -1,0 +1,113 @@
+"""When runs without epochs pause, what they say of themselves, and where they write."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bnfinetune as bnf
+from bnfinetune.recipe_files import load_recipe
+from bnfinetune.training.data.from_recipe import recipe_loaders
+from bnfinetune.training.data.splits import load_splits
+from bnfinetune.training.launch import start_accelerator
+from bnfinetune.training.loop.progress import Rhythm, rhythm_of
+from tests.training.loop.test_guard import settings
+from tests.training.support import write_images
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.mark.parametrize(
+    ("more", "updates", "rhythm"),
+    [
+        ({"data.streaming": True}, 1_000, Rhythm(100, 15.0, by_itself=True)),
+        ({"data.streaming": True}, 3, Rhythm(1, 15.0, by_itself=True)),
+        ({"data.streaming": True, "checkpoint.every_minutes": 2}, 11, Rhythm(2, 2, by_itself=True)),
+        ({"data.streaming": True, "evaluate.every_steps": 7}, 100, Rhythm(7, None)),
+        ({}, 100, Rhythm(None, None)),
+    ],
+)
+def test_streams_have_a_rhythm(more, updates, rhythm):
+    assert rhythm_of(load_recipe("full", {**more, "train.steps": updates}), updates) == rhythm
+
+
+def test_a_stream_is_measured_and_saved_before_its_end_and_says_so(images, tmp_path, capsys):
+    options = {"data.streaming": True, "data.shuffle_buffer": 5, "train.steps": 25, "checkpoint.keep": 99}
+    result = bnf.finetune("full", **settings(images, tmp_path / "run", **options))
+    assert [record["update"] for record in result.history] == [3, 6, 9, 12, 15, 18, 21, 24, 25]
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 9
+    assert "measured every 3 updates (evaluate.every_steps), saved every 15 minutes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", ["tent", "adabn"])
+def test_what_does_not_train_announces_no_training(recipe, images, tmp_path, capsys):
+    bnf.finetune(recipe, **settings(images, tmp_path / "run"))
+    said = capsys.readouterr().out
+    first = said.splitlines()[0]
+    assert "no training" in first
+    assert "epochs" not in first
+    assert "group" not in said
+    assert "weight decay" not in said
+    assert json.loads((tmp_path / "run/summary.json").read_text())["updates"] == 0
+
+
+@pytest.mark.parametrize("key", ["run.dir", "train.resume", "train.cache_dir", "model.checkpoint"])
+def test_a_tilde_is_the_home_folder(key, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    section, name = key.split(".")
+    recipe = load_recipe("full", [f"{key}=~/x y"])
+    assert getattr(getattr(recipe, section), name) == "/home/somebody/x y"
+    assert load_recipe("full", ["train.resume=auto"]).train.resume == "auto"
+
+
+SCRIPT = """
+import multiprocessing, pathlib, sys, torch
+from bnfinetune.training.data import loaders
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method(sys.argv[1])
+    import bnfinetune as bnf
+    from tests.training.loop.test_guard import settings
+    begin = torch.utils.data.DataLoader._get_iterator
+    started = []
+    def counted(self):
+        started.append(1)
+        return begin(self)
+    torch.utils.data.DataLoader._get_iterator = counted
+    bnf.finetune("full", **settings(sys.argv[2], sys.argv[3], **{
+        "data.workers": 1, "train.epochs": 4, "recalibrate.at": ["eval"],
+    }))
+    print("started", len(started))
+"""
+
+
+@pytest.mark.slow  # every process imports torch and timm anew
+@pytest.mark.parametrize("method", [m for m in ("forkserver", "spawn") if m in multiprocessing.get_all_start_methods()])
+def test_processes_that_start_slowly_start_once(method, images, tmp_path):
+    """One for each loader that is used, however many passes are made: training, validation, statistics."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    words = [sys.executable, str(script), method, str(images), str(tmp_path / "run")]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, check=False, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "started 3"
+
+
+@pytest.mark.parametrize(("method", "lasting"), [("fork", {"train", "val"}), ("spawn", None), ("forkserver", None)])
+def test_processes_that_start_slowly_last(method, lasting, images, monkeypatch):
+    monkeypatch.setattr("bnfinetune.training.data.loaders.get_start_method", lambda allow_none: method)
+    recipe = load_recipe("full", {"data.source": str(images), "data.image_size": 32, "data.workers": 1})
+    config = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear",
+              "crop_pct": 1.0}  # fmt: skip
+    loaders = recipe_loaders(recipe, load_splits(recipe.data, 0), config, start_accelerator())
+    named = {"train": loaders.train, "val": loaders.val, "stats": loaders.stats, "augmented": loaders.augmented_stats,
+             "target": loaders.targets["validation"]}  # fmt: skip
+    assert {name for name, loader in named.items() if loader.persistent_workers} == (lasting or set(named))
