@@ -7,6 +7,7 @@ is one function under `@verb`; its docstring is its help.
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 from bnfinetune.cli_verbs import VERBS, Arguments, verb
 from bnfinetune.errors import BnFinetuneError, CheckpointError, RecipeError, did_you_mean
+from bnfinetune.source_paths import check_path, check_source
 
 if TYPE_CHECKING:
     from bnfinetune.diagnose.finding import Format
@@ -39,6 +41,7 @@ def train(arguments: Arguments) -> None:
 
     name = arguments.need("recipe", f"write recipe=NAME ({', '.join(shipped_recipes())}) or recipe=FILE.yaml")
     recipe = load_recipe(name, arguments.overrides)
+    check_source(recipe.data.source)
 
     from bnfinetune.training.launch import leave_ranks
     from bnfinetune.training.run import train as run_recipe
@@ -70,7 +73,7 @@ def evaluate(arguments: Arguments) -> None:
     overrides = (
         [*arguments.overrides, f"evaluate.adapt={adapt}"] if "adapt" in arguments.options else arguments.overrides
     )
-    load_recipe({}, overrides)
+    check_path(load_recipe({}, overrides).data.source)
 
     from bnfinetune.training.launch import leave_ranks
     from bnfinetune.training.measuring.measure import evaluate_checkpoint
@@ -144,6 +147,7 @@ def check(arguments: Arguments) -> None:
     form = arguments.choose("format", "table", "lines", "json")
     steps = _whole(arguments, "steps", default=3, least=0)
     recipe = load_recipe(name, arguments.overrides)
+    check_source(recipe.data.source)
 
     from bnfinetune.diagnose.finding import render
     from bnfinetune.training.checkup import check_recipe
@@ -178,7 +182,7 @@ def inspect(arguments: Arguments) -> None:
     checkpoint = _checkpoint(arguments)
     form = arguments.choose("format", "table", "json")
     images = _whole(arguments, "images", default=256, least=2)
-    load_recipe({}, arguments.overrides)
+    check_path(load_recipe({}, arguments.overrides).data.source)
 
     from bnfinetune.training.checkup import inspect_checkpoint
 
@@ -203,7 +207,7 @@ def recalibrate(arguments: Arguments) -> None:
 
     checkpoint = _checkpoint(arguments)
     out = arguments.need("out", "write out=FOLDER, a folder that does not exist yet")
-    load_recipe({}, arguments.overrides)
+    check_path(load_recipe({}, arguments.overrides).data.source)
 
     from bnfinetune.training.launch import leave_ranks
     from bnfinetune.training.measuring.recalibrate import recalibrate_checkpoint
@@ -247,6 +251,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A mistake is one line on stderr, without a traceback, and nothing is written.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a class may have a name that a console cannot show
+            stream.reconfigure(errors="backslashreplace")
     try:
         _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -300,7 +307,7 @@ def _parse(name: str, words: Sequence[str]) -> Arguments:
                 raise RecipeError(f"{key}= is given twice: {arguments.options[key]} and {value}")
             if not value:
                 raise RecipeError(f"{key}= has no value; allowed: {spec.options[key]}")
-            arguments.options[key] = value
+            arguments.options[key] = os.path.expanduser(value)  # shells leave a ~ behind = as it is
         elif spec.takes_overrides:
             arguments.overrides.append(word)
         elif spec.takes_paths and (not equals or os.path.exists(word)):
@@ -321,6 +328,9 @@ def _not_a_verb(word: str) -> str:
 
 def _checkpoint(arguments: Arguments) -> str:
     checkpoint = arguments.need("checkpoint", "write checkpoint=RUN or checkpoint=RUN/best")
+    if os.path.isfile(checkpoint):
+        folder = os.path.dirname(checkpoint) or "."
+        raise CheckpointError(f"checkpoint: {checkpoint} is a file; name the folder it lies in: checkpoint={folder}")
     if not os.path.isdir(checkpoint):
         raise CheckpointError(f"checkpoint: there is no folder {checkpoint}")
     return checkpoint

@@ -11,11 +11,16 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from bnfinetune.source_paths import DEMOS
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0.0)]
 AboveZero = Annotated[float, Field(gt=0.0)]
 Between = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+DEMO_MODEL = "bnf_resnet"
+PHOTO_MODEL = "resnet50.a1_in1k"
 
 BN_FORMS = ("one section", "list of sections")
 
@@ -28,8 +33,13 @@ def _ascending(pair: tuple[_Number, _Number]) -> tuple[_Number, _Number]:
     return pair
 
 
-# a shell expands ~ at the beginning of a word only, and not behind key=
-FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
+def _at_home(path: str) -> str:
+    """A path with `~` as the home folder: a shell expands it at the beginning of a word only, and not behind key=."""
+    prefix, colon, rest = path.rpartition("local-dir:")
+    return f"{prefix}{colon}{os.path.expanduser(rest)}"
+
+
+FilePath = Annotated[str, AfterValidator(_at_home)]
 
 
 def _yaml_no(value: object) -> object:
@@ -55,8 +65,11 @@ class Section(BaseModel):
 class Model(Section):
     """Which timm backbone is fine-tuned, and from which weights."""
 
-    name: str = Field(
-        default="bnf_resnet", min_length=1, description="any timm model; also hf-hub:USER/NAME and local-dir:PATH"
+    name: FilePath = Field(
+        default=DEMO_MODEL,
+        min_length=1,
+        description=f"any timm model; also hf-hub:USER/NAME and local-dir:PATH; left out: {DEMO_MODEL} for the demo, "
+        f"{PHOTO_MODEL} for other data",
     )
     pretrained: bool = Field(default=True, description="load the model's pretrained weights")
     checkpoint: FilePath | None = Field(
@@ -110,19 +123,22 @@ class Augment(Section):
 class Data(Section):
     """Where images and labels come from, and how they reach the model."""
 
-    source: str = Field(
+    source: FilePath = Field(
         default="demo",
         min_length=1,
         description="demo, demo-characters, demo-domains, a folder of class folders, a parquet or webdataset (.tar) "
         "file or pattern, or a datasets name",
     )
     config: str | None = Field(default=None, description="configuration of a datasets name")
-    train_split: str = Field(default="train", min_length=1, description="split that is trained on")
+    train_split: str | None = Field(
+        default=None, min_length=1, description="split that is trained on; null: train, or what is called alike"
+    )
     val_split: str | None = Field(
-        default=None, description="split that selects the best checkpoint; null: validation, val or a held-out fraction"
+        default=None,
+        description="split that selects the best checkpoint; null: validation, valid, val, dev or a held-out fraction",
     )
     test_split: str | None = Field(
-        default=None, description="split that is only measured before and after; null: test where there is one"
+        default=None, description="split that is only measured before and after; null: test, where there is one"
     )
     val_fraction: Between = Field(
         default=0.2,
@@ -416,6 +432,15 @@ class Recipe(Section):
     evaluate: Evaluate = Field(default_factory=Evaluate)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     run: Run = Field(default_factory=Run)
+
+    @model_validator(mode="after")
+    def _network_for_the_data(self) -> Recipe:
+        """Where no network is named, photos get one of their size: the demo's own takes 32 pixels."""
+        if "name" not in self.model.model_fields_set and self.data.source not in DEMOS:
+            self.__dict__["model"] = self.model.model_copy(
+                update={"name": PHOTO_MODEL}
+            )  # settled, and frozen from here
+        return self
 
     @model_validator(mode="after")
     def _standardisation_needs_groups(self) -> Recipe:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from bnfinetune.errors import RecipeError, did_you_mean
 from bnfinetune.recipe import Recipe
-from bnfinetune.recipe_keys import RecipeSection, find_key
+from bnfinetune.recipe_keys import RecipeSection, find_key, takes_text
 from bnfinetune.recipe_mistakes import explain, place
 from bnfinetune.recipe_text import MAX_BYTES, describe, flatten, plain, read_override, read_yaml
 
@@ -114,7 +114,7 @@ def _file_layers(path: Path, above: tuple[Path, ...]) -> list[Layer]:
     if real in above:
         chain = " -> ".join(file.name for file in (*above[above.index(real) :], real))
         raise RecipeError(f"base: {chain} goes round in a circle")
-    return _with_bases(str(path), read_yaml(_read(path), str(path)), path.parent, (*above, real))
+    return _with_bases(str(path), read_yaml(_read(path), str(path), takes_text), path.parent, (*above, real))
 
 
 def _with_bases(origin: str, tree: dict[str, Any], folder: Path, above: tuple[Path, ...]) -> list[Layer]:
@@ -130,6 +130,7 @@ def _with_bases(origin: str, tree: dict[str, Any], folder: Path, above: tuple[Pa
 
 def _find(name: str, folder: Path) -> Path:
     """The file of a shipped recipe's name, or of a path relative to `folder`."""
+    name = os.path.expanduser(name)
     if name.endswith((".yaml", ".yml")) or "/" in name or "\\" in name:
         path = folder / name
         if not os.path.isfile(path):  # unlike Path.is_file, false for any text that cannot be a path
@@ -160,6 +161,11 @@ def _read(path: Path) -> str:
         raise RecipeError(f"{path}: {error.strerror}") from error
 
 
+def override_keys(overrides: Sequence[str] | Mapping[str, Any]) -> set[str]:
+    """The dotted keys that overrides give."""
+    return {key for key, _ in _override_values(overrides)}
+
+
 def _override_values(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Dotted keys and values of overrides, in their order."""
     if isinstance(overrides, Mapping):
@@ -168,7 +174,7 @@ def _override_values(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[t
         raise RecipeError(f"overrides: found {describe(overrides)}; allowed: a list of key=value texts, or a mapping")
     else:
         for text in overrides:
-            yield from flatten(dict([read_override(text)]))
+            yield from flatten(dict([read_override(text, takes_text)]))
 
 
 def _merge(config: DictConfig, values: Mapping[str, Any]) -> DictConfig:

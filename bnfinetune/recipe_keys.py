@@ -70,6 +70,15 @@ def find_key(path: str) -> RecipeKey | RecipeSection | None:
     return here
 
 
+def takes_text(path: str) -> tuple[bool, bool]:
+    """Whether every value of a key but null is text, and whether it may be a list of texts."""
+    key = find_key(path)
+    options = key.allowed.split(" | ") if isinstance(key, RecipeKey) and not key.choices else []
+    texts = [option for option in options if option.startswith("text")]
+    lists = [option for option in options if option.startswith("list of text")]
+    return bool(texts) and len(texts) + len(lists) == len([each for each in options if each != "null"]), bool(lists)
+
+
 def nearest_key(path: str) -> str | None:
     """The dotted key that somebody who wrote `path` most likely meant."""
     known = [part for section in recipe_schema().walk() for part in section.parts]

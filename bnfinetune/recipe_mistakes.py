@@ -41,7 +41,7 @@ def _unfit(key: str, found: Any, origins: Mapping[str, str]) -> str:
     if isinstance(found, str):
         hint = did_you_mean(found.lower(), target.choices)
     elif target.allowed.startswith("text") and isinstance(found, int | float):
-        hint = f"; as text it is quoted: {key}='\"{describe(found)}\"'"
+        hint = f"; as text it is {describe(found)!r}"
     return f"{start}; allowed: {target.allowed}{hint}"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -25,15 +25,23 @@ MAX_DEPTH = 32
 _PART = r"[A-Za-z0-9_][\w-]*"
 _KEY = re.compile(rf"{_PART}(\.{_PART})*", re.ASCII)
 _TEXT = re.compile(r"[*&!%@`|>#]|[^\"'\[{].*\s#", re.DOTALL)
+TakesText = Callable[[str], tuple[bool, bool]]
+
 _QUOTE_GLOBS = "text that begins with * is quoted"
 
 
-def read_yaml(text: str, origin: str) -> dict[Any, Any]:
+def _untold(key: str) -> tuple[bool, bool]:
+    """Without a schema, YAML's reading stands."""
+    return False, False
+
+
+def read_yaml(text: str, origin: str, takes_text: TakesText = _untold) -> dict[Any, Any]:
     """The mapping that a recipe file holds, as plain Python values; empty text is an empty recipe.
 
     Args:
         text: The YAML.
         origin: Name of the file, for messages.
+        takes_text: As for `read_override`.
 
     Raises:
         RecipeError: It is not one YAML mapping, or is larger, deeper or more repetitive than a recipe can be, or it
@@ -47,13 +55,18 @@ def read_yaml(text: str, origin: str) -> dict[Any, Any]:
         config = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise RecipeError(f"{origin}: {_reason(error)}") from error
-    return config if isinstance(config, dict) else {}
+    return as_written(config, yaml.load(text, yaml.BaseLoader), "", takes_text) if isinstance(config, dict) else {}
 
 
-def read_override(text: str) -> tuple[str, Any]:
+def read_override(text: str, takes_text: TakesText = _untold) -> tuple[str, Any]:
     """Split `key.sub=value`; the value is YAML: `true`, `1e-3`, `null`, `[a, b]`, `{drop_rate: 0.1}`, text.
 
-    A value that begins with a character that YAML reserves, as the glob `*.bn1` does, is text, and so is ` #`.
+    A value that begins with a character that YAML reserves, as the glob `*.bn1` does, is text, and so is ` #`. Where a
+    key takes text alone, everything is text as it stands, but `null` and what is quoted: `yes`, `010`, `12:30`, `a: b`.
+
+    Args:
+        text: The override.
+        takes_text: Of a key, whether it takes text alone, and whether it takes a list of texts.
 
     Raises:
         RecipeError: There is no `=`, the key is not dotted names, the value is missing or not YAML.
@@ -64,14 +77,38 @@ def read_override(text: str) -> tuple[str, Any]:
     check_key(key)
     if not value.strip():
         raise RecipeError(f"{key}= has no value; write {key}=null for none, or {key}='\"\"' for empty text")
-    if _TEXT.match(value):
-        return key, plain(value, key)
+    only_text, text_list = takes_text(key)
+    stripped = value.strip()
+    as_it_stands = only_text and stripped[0] not in "\"'" and stripped.lower() not in ("null", "~")
+    if _TEXT.match(value) or (as_it_stands and not (text_list and stripped.startswith("["))):
+        return key, plain(stripped if as_it_stands else value, key)
     _check_events(value, key)
     try:
         config = OmegaConf.from_dotlist([f"value={value}"])
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise RecipeError(f"{key}: {_reason(error)}") from error
-    return key, OmegaConf.to_container(config, resolve=False)["value"]  # type: ignore[call-overload,index]
+    found = OmegaConf.to_container(config, resolve=False)["value"]  # type: ignore[call-overload,index]
+    return key, as_written(found, yaml.load(value, yaml.BaseLoader), key, takes_text)
+
+
+def as_written(value: Any, text: Any, key: str, takes_text: TakesText = _untold) -> Any:
+    """What YAML read, with the words that it was written with where a key takes text: `yes`, not true.
+
+    Args:
+        value: What YAML read.
+        text: The same with every scalar as text.
+        key: Its dotted key; empty for a whole recipe.
+        takes_text: As for `read_override`.
+    """
+    if isinstance(value, Mapping) and isinstance(text, Mapping):
+        below = f"{key}." if key else ""
+        return {k: as_written(v, text.get(str(k)), f"{below}{k}", takes_text) for k, v in value.items()}
+    only_text, text_list = takes_text(key)
+    if isinstance(value, list) and isinstance(text, list) and len(value) == len(text):
+        if text_list:
+            return [t if isinstance(t, str) and not isinstance(v, str) else v for v, t in zip(value, text, strict=True)]
+        return [as_written(v, t, key, takes_text) for v, t in zip(value, text, strict=True)]
+    return text if only_text and isinstance(value, bool | int | float) and isinstance(text, str) else value
 
 
 def check_key(key: object) -> None:

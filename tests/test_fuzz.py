@@ -27,7 +27,7 @@ from bnfinetune.errors import BnFinetuneError, CheckpointError, SelectionError
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import dump_recipe, load_recipe, shipped_recipes
 from bnfinetune.training.data.images import open_image
-from bnfinetune.training.network.backbone import _load_weights
+from bnfinetune.training.network.weights import load_weights_file
 from bnfinetune.training.saving.atomic import complete_folder
 from bnfinetune.training.saving.export import save_tensors
 from bnfinetune.training.saving.states import StateStore, describe_state, load_networks, read_state
@@ -91,7 +91,7 @@ def test_damaged_safetensors(network, tmp_path):
     path = tmp_path / "weights.safetensors"
     save_tensors(path, network.state_dict())
     content = path.read_bytes()
-    read_all(lambda rng: damaged(content, rng), lambda path: _load_weights(network, path), path)
+    read_all(lambda rng: damaged(content, rng), lambda path: load_weights_file(network, path), path)
 
 
 def test_safetensors_with_lying_headers(network, tmp_path):
@@ -111,14 +111,14 @@ def test_safetensors_with_lying_headers(network, tmp_path):
         text = json.dumps(lies).encode()
         return struct.pack("<Q", len(text)) + text + content[end:]
 
-    read_all(make, lambda path: _load_weights(network, path), path)
+    read_all(make, lambda path: load_weights_file(network, path), path)
 
 
 def test_damaged_pickles(network, tmp_path):
     buffer = io.BytesIO()
     torch.save(network.state_dict(), buffer)
     content = buffer.getvalue()
-    read_all(lambda rng: damaged(content, rng), lambda path: _load_weights(network, path), tmp_path / "weights")
+    read_all(lambda rng: damaged(content, rng), lambda path: load_weights_file(network, path), tmp_path / "weights")
 
 
 @pytest.mark.parametrize("name", ["trainer.pt", "state.json", "manifest.json", "model.safetensors"])

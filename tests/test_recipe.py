@@ -287,7 +287,7 @@ class TestMessages:
 
     def test_the_first_mistake_is_told_and_the_others_counted(self):
         with pytest.raises(RecipeError, match=r"^model\.pretrained: .* \(and 2 more mistakes\)$"):
-            load_recipe({}, ["optim.lr=x", "model.pretrained=7", "bn.layers=[1, 2]"])
+            load_recipe({}, ["optim.lr=x", "model.pretrained=7", "data.image_size=2"])
 
     def test_a_found_value_is_shown_short(self):
         with pytest.raises(RecipeError) as caught:

@@ -38,7 +38,8 @@ def begin(setup: Assembly, folder: RunFolder, measurer: Measurer, say: Callable[
         CheckpointError: The state cannot be read, or is of other images or another network.
     """
     trainer, recipe = setup.trainer, setup.trainer.recipe
-    source = {"source": recipe.data.source, "fingerprint": setup.splits.fingerprint()}
+    splits = setup.splits
+    source = {"source": recipe.data.source, "fingerprint": splits.fingerprint(), "levels": dict(splits.levels)}
     record = Record({"computed": "as stored and trained", **source}, dict.fromkeys(setup.splits.skipped))
     if folder.state is not None:
         _go_on(trainer, folder, folder.state, record)

@@ -23,10 +23,9 @@ from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import diff_recipes, load_recipe
 from bnfinetune.training.assembly import assemble
 from bnfinetune.training.data.from_recipe import recipe_loaders
-from bnfinetune.training.data.splits import load_splits
 from bnfinetune.training.launch import start_accelerator
 from bnfinetune.training.loop.trainer import Trainer
-from bnfinetune.training.measuring.measure import checkpoint_recipe, load_exported
+from bnfinetune.training.measuring.measure import checkpoint_recipe, load_exported, open_data
 from bnfinetune.training.measuring.recalibrate import recalibrate
 from bnfinetune.training.network.backbone import input_config
 
@@ -128,7 +127,7 @@ def inspect_checkpoint(
     folder, recipe = checkpoint_recipe(checkpoint, overrides)
     accelerator = start_accelerator(recipe.train.mixed_precision)
     model = load_exported(folder).to(accelerator.device)
-    splits = load_splits(recipe.data, recipe.run.seed)
+    splits = open_data(model, folder, recipe, overrides, any_classes=True)
     loaders = recipe_loaders(recipe, splits, input_config(model, recipe.data.image_size), accelerator)
     known = tuple(model.pretrained_cfg.get("label_names") or ()) == tuple(splits.class_names)
     try:

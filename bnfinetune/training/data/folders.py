@@ -1,109 +1,170 @@
 """Folders of class folders: `ROOT/CLASS/image.jpg`, or `ROOT/train/CLASS/image.jpg` with `val` or `test` beside it.
 
-Names of folders are data: they become class names as they stand, and nothing else.
+Names of class folders are data: they become class names as they stand. Names of split folders are told from them by
+what lies inside: a split holds class folders.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
 import datasets
 
 from bnfinetune.errors import DataError
+from bnfinetune.notes import note
 from bnfinetune.recipe import Data
 from bnfinetune.training.data.hints import listed
-from bnfinetune.training.data.images import EXTENSIONS
+from bnfinetune.training.data.labels import one_spelling
+from bnfinetune.training.data.split_names import split_role, split_word
+from bnfinetune.training.data.walking import PassedOver, folders_in, has_image, images_below, printable
 
-VALIDATION_NAMES: Final = ("validation", "val", "valid", "dev")
-"""Names of a validation split where the recipe gives none, the likeliest first."""
-
-SPLIT_NAMES: Final = ("train", *VALIDATION_NAMES, "test")
-"""Names that are splits rather than classes."""
-
-_IMAGE, _LABEL = "image", "label"
+IMAGE, LABEL = "image", "label"
+FEATURES: Final = datasets.Features({IMAGE: datasets.Image(decode=False), LABEL: datasets.Value("string")})
+WHOLE: Final = "train"
+"""Name of the only split of a set that has none."""
 
 
 def read_class_folders(root: Path, data: Data) -> dict[str, datasets.Dataset] | None:
     """One data set of image paths and class names per split; all is `train` where there are no split folders.
 
-    Images may lie deeper in their class folder; hidden files and other files are passed over.
+    Images may lie deeper in their class folder. What is passed over is counted and named in a note.
 
     Returns:
         The splits by name, or None if no folder below `root` holds an image.
 
     Raises:
-        DataError: A class folder has no image, there are no class folders, or a folder cannot be read.
+        DataError: A class folder has no image, there are no class folders, a folder cannot be read, or it is not clear
+            whether one is a split or a class.
     """
-    inner = _folders(root)
-    if not any(_has_image(folder) for folder in inner):
+    folders = folders_in(root)
+    holding = [folder for folder in folders if has_image(folder)]
+    if not holding:
         return None
-    splits = _split_folders(inner, data)
-    if splits:
-        return {folder.name: _read_split(folder) for folder in splits}
-    if {folder.name for folder in inner} <= set(SPLIT_NAMES):
-        names = listed(folder.name for folder in inner)
-        raise DataError(f"data.source: the folders {names} of {printable(root)} hold images but no class folders")
-    return {"train": _read_split(root)}
+    passed = PassedOver()
+    for entry in images_below(root, passed):
+        if entry.parent == root:
+            passed.counts["images that lie in no class folder"] += 1
+    splits = find_splits(root, holding, data)
+    loose = _loose_splits(root, holding, splits, data)
+    classes = [folder for folder in folders if folder not in (*splits, *loose)]
+    if not splits:
+        read = {WHOLE: _read_split(root, classes)}
+    else:
+        read = {folder.name: _read_split(folder, folders_in(folder)) for folder in splits}
+        if classes_beside := _classes_beside(root, splits, [each for each in classes if each in holding], data):
+            read[WHOLE] = _read_split(root, classes_beside)
+        loose = [folder for folder in holding if folder not in (*splits, *classes_beside)]
+    for folder in loose:
+        passed.counts[f"in the folder {folder.name!r}, which holds no class folders"] += sum(
+            1 for _ in images_below(folder)
+        )
+    if str(passed):
+        note(f"data.source: passed over in {printable(root)}: {passed}")
+    return read
 
 
-def printable(path: Path | str) -> str:
-    """A path or name as valid Unicode on one line; the rare file name that is neither is escaped."""
-    text = str(path)
-    return text if text.isprintable() else ascii(text)
+def find_splits(root: Path, holding: Sequence[Path], data: Data) -> list[Path]:
+    """The folders that are splits: named so by the recipe or by custom, and holding class folders with images.
 
-
-def _split_folders(folders: list[Path], data: Data) -> list[Path]:
-    """Those named by the recipe or named as splits are, if they hold class folders with images."""
-    wanted = {data.train_split, data.val_split, data.test_split, *SPLIT_NAMES}
-    return [
-        folder for folder in folders if folder.name in wanted and any(_has_image(inner) for inner in _folders(folder))
+    Raises:
+        DataError: Folders that seem to be splits are neither named as such nor as classes.
+    """
+    structured = [
+        folder for folder in holding if folder.name not in _declared(data) and any(map(has_image, folders_in(folder)))
     ]
+    asked = {name.casefold() for name in (data.train_split, data.val_split, data.test_split) if name}
+    splits = [folder for folder in structured if folder.name.casefold() in asked or split_role(folder.name)]
+    alike = [folder.name for folder in structured if split_word(folder.name)]
+    if not splits and len(alike) > 1:
+        raise DataError(
+            f"data.source: the folders {listed(alike)} of {printable(root)} look like splits: name them by "
+            f"data.train_split, data.val_split and data.test_split, or, if they are classes, by {_as_classes(holding)}"
+        )
+    inner = {tuple(each.name for each in folders_in(folder)) for folder in structured}
+    shared = inner.pop() if len(inner) == 1 else ()
+    if not splits and len(structured) == len(holding) > 1 and len(shared) > 1:
+        note(
+            f"data.source: the folders {listed(folder.name for folder in structured)} of {printable(root)} hold "
+            f"folders of the same names ({listed(shared, 3)}) and are taken for classes; if they are splits, name them "
+            "by data.train_split, data.val_split and data.test_split"
+        )
+    return splits
 
 
-def _read_split(root: Path) -> datasets.Dataset:
+def _loose_splits(root: Path, holding: Sequence[Path], splits: Sequence[Path], data: Data) -> list[Path]:
+    """Folders beside class folders that are named as a split but hold images without class folders: unlabelled ones.
+
+    A folder `train` may well be a class, beside `bus` and `car`.
+    """
+    if splits:
+        return []
+    named = [folder for folder in holding if folder.name not in _declared(data) and split_role(folder.name)]
+    others = [folder for folder in holding if folder not in named]
+    names = listed(folder.name for folder in named)
+    if not others:
+        raise DataError(f"data.source: the folders {names} of {printable(root)} hold images but no class folders")
+    for folder in [folder for folder in named if folder.name.casefold() == "train"]:
+        note(f"data.source: the folder {folder.name!r} of {printable(root)} is taken for a class, as those beside it")
+        named.remove(folder)
+        others.append(folder)
+    doubtful = [folder for folder in named if split_role(folder.name) != "test"]
+    if doubtful or (named and len(others) < 2):
+        found = (doubtful or named)[0]
+        raise DataError(
+            f"data.source: {printable(found)} is named as a split but holds images without class folders: move it "
+            f"away, or, if it is a class, say {_as_classes(holding)}"
+        )
+    return named
+
+
+def _classes_beside(root: Path, splits: Sequence[Path], beside: Sequence[Path], data: Data) -> list[Path]:
+    """Class folders beside split folders: they are the training split where no folder is named so.
+
+    Raises:
+        DataError: There is one split folder only, and those beside it have nothing to do with its classes: it may be
+            a class that is called as a split.
+    """
+    inner = {each.name for folder in splits for each in folders_in(folder)}
+    has_train = any(split_role(folder.name) == "train" or folder.name == data.train_split for folder in splits)
+    if not has_train and any(folder.name in inner for folder in beside):
+        return list(beside)
+    asked = {data.train_split, data.val_split, data.test_split}
+    if len(splits) == 1 and beside and splits[0].name not in asked:
+        name, role = splits[0].name, split_role(splits[0].name) or "train"
+        raise DataError(
+            f"data.source: is {name!r}, beside {listed(each.name for each in beside)} in {printable(root)}, a split or "
+            f"a class? Say data.{role}_split={name}, or {_as_classes([*splits, *beside])}"
+        )
+    return []
+
+
+def _declared(data: Data) -> tuple[str, ...]:
+    """Folder names that `data.classes` says to be classes, in both spellings of Unicode."""
+    names = data.classes if isinstance(data.classes, tuple) else ()
+    return tuple(unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD"))
+
+
+def _as_classes(folders: Iterable[Path]) -> str:
+    return f"data.classes=[{', '.join(sorted(folder.name for folder in folders))}]"
+
+
+def _read_split(root: Path, folders: Sequence[Path]) -> datasets.Dataset:
     paths: list[str] = []
     classes: list[str] = []
-    for folder in _folders(root):
-        images = [str(path) for path in _images(folder)]
+    for folder in folders:
+        passed = PassedOver()
+        images = [str(path) for path in images_below(folder, passed)]
         if not images:
-            raise DataError(f"the class folder {printable(folder)} holds no image: add one or remove the folder")
+            but = f" that can be read, but {passed}" if str(passed) else ""
+            raise DataError(f"the class folder {printable(folder)} holds no image{but}: add one or remove the folder")
         paths.extend(images)
         classes.extend([folder.name] * len(images))
-    features = datasets.Features({_IMAGE: datasets.Image(decode=False), _LABEL: datasets.Value("string")})
+    if len({one_spelling(folder.name) for folder in folders}) < len(folders):
+        note(f"data.source: class folders of {printable(root)} whose names differ in spelling only are one class each")
     try:
-        return datasets.Dataset.from_dict({_IMAGE: paths, _LABEL: classes}, features=features)
+        return datasets.Dataset.from_dict({IMAGE: paths, LABEL: classes}, features=FEATURES)
     except UnicodeEncodeError as error:
         raise DataError(f"a file or folder name below {printable(root)} is not valid UTF-8: rename it") from error
-
-
-def _has_image(folder: Path) -> bool:
-    return next(_images(folder), None) is not None
-
-
-def _images(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
-    """Image files below a folder in the order of their names; a link back to a folder `above` is not followed."""
-    status = folder.stat()
-    here = above | {(status.st_dev, status.st_ino)}
-    if len(here) == len(above):
-        return
-    for entry in _entries(folder):
-        if entry.is_dir():
-            yield from _images(Path(entry.path), here)
-        elif entry.is_file() and os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-            yield Path(entry.path)
-
-
-def _folders(root: Path) -> list[Path]:
-    return [Path(entry.path) for entry in _entries(root) if entry.is_dir()]
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))]
-    except OSError as error:
-        raise DataError(f"cannot read the folder {printable(folder)}: {error.strerror}") from error
-    return sorted(visible, key=lambda entry: entry.name)

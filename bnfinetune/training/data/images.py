@@ -5,28 +5,52 @@ Only raster formats are opened: Pillow hands PostScript, for one, to another pro
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from bnfinetune.errors import DataError
 from bnfinetune.training.data.hints import first_line
+from bnfinetune.training.data.levels import Kind, Levels, extremes, kind_of, levels_of, to_bytes
 
-_FORMATS: Final = "JPEG PNG WEBP GIF BMP DIB TIFF PPM JPEG2000 AVIF TGA ICO PCX"  # Pillow opens MPO as JPEG
-_EXTENSIONS: Final = "jpg jpeg jpe jfif mpo png apng webp gif bmp dib tif tiff ppm pgm pbm pnm jp2 j2k avif tga ico pcx"
+_FORMATS: Final = {  # by Pillow's names, in the order they are tried; it opens MPO as JPEG
+    "JPEG": "jpg jpeg jpe jfif mpo",
+    "PNG": "png apng",
+    "WEBP": "webp",
+    "GIF": "gif",
+    "BMP": "bmp",
+    "DIB": "dib",
+    "TIFF": "tif tiff",
+    "PPM": "ppm pgm pbm pnm",
+    "JPEG2000": "jp2 j2k",
+    "AVIF": "avif",
+    "HEIF": "heic heif hif",
+    "ICO": "ico",
+    "PCX": "pcx",
+    "TGA": "tga",  # last: it begins with nothing that tells it from others
+}
+_PLUGINS: Final = {"HEIF": "pip install pillow-heif", "AVIF": "pip install 'pillow>=11.3'"}
+_BRANDS: Final = {b"avif": "AVIF", b"avis": "AVIF", **dict.fromkeys((b"heic", b"heix", b"hevc", b"mif1"), "HEIF")}
 
-EXTENSIONS: Final = frozenset(f".{ending}" for ending in _EXTENSIONS.split())
-"""Endings, in lower case, of files that a class folder counts as images."""
 
-
-def open_image(raw: Mapping[str, Any] | None, where: str, max_pixels: int, shortest: int | None = None) -> Image.Image:
+def open_image(
+    raw: Mapping[str, Any] | None,
+    where: str,
+    max_pixels: int,
+    shortest: int | None = None,
+    levels: Levels | None = None,
+) -> Image.Image:
     """Decode one undecoded value of a `datasets.Image` column to upright 8-bit RGB.
 
     Args:
@@ -35,6 +59,8 @@ def open_image(raw: Mapping[str, Any] | None, where: str, max_pixels: int, short
         max_pixels: Largest width times height; refused before anything of that size is allocated.
         shortest: Pixels that the shorter side has to keep; a JPEG is then decoded at 1/2, 1/4 or 1/8 of its size where
             that leaves so many, which takes a fraction of the time. None decodes every pixel.
+        levels: Values of 16-bit and float images that become 0 and 255. An image of a kind that they do not name is
+            scaled by its own values.
 
     Raises:
         DataError: It is missing, truncated, no image, of an unknown format, or larger than `max_pixels`.
@@ -46,11 +72,36 @@ def open_image(raw: Mapping[str, Any] | None, where: str, max_pixels: int, short
             if shortest is not None and shortest < min(image.size):
                 scale = shortest / min(image.size)
                 image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
-            return to_rgb(image)
+            return _wide_to_rgb(image, source, levels or {}) if _is_wide(image) else to_rgb(image)
     except (DataError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise errors of every type
-        raise DataError(f"cannot read the image {where}: {_reason(error)}") from error
+        raise DataError(f"cannot read the image {where}: {_reason(error, source)}") from error
+
+
+def wide_extremes(raw: Mapping[str, Any] | None) -> tuple[Kind, tuple[float, float]] | None:
+    """The kind and the extreme values of a 16-bit or float image; None for any other, or one that cannot be read."""
+    try:
+        source = _source(raw, "")
+        with _no_warnings(), Image.open(source, formats=_formats()) as image:
+            if not _is_wide(image):
+                return None
+            values = _wide_values(image, source)
+    except Exception:  # what is wrong with an image is said where it is decoded
+        return None
+    found = extremes(values)
+    return None if found is None else (kind_of(values), found)
+
+
+@cache
+def image_endings() -> frozenset[str]:
+    """Endings, in lower case, of files that count as images: those of the formats that this machine can decode."""
+    return frozenset(f".{ending}" for name in _formats() for ending in _FORMATS[name].split())
+
+
+def missing_decoder(ending: str) -> str | None:
+    """What would let files of an ending, such as `.heic`, be read; None where nothing is known."""
+    return next((_PLUGINS[name] for name in _PLUGINS if ending[1:] in _FORMATS[name].split()), None)
 
 
 def check_header(raw: Mapping[str, Any] | None, where: str, max_pixels: int) -> None:
@@ -62,19 +113,18 @@ def check_header(raw: Mapping[str, Any] | None, where: str, max_pixels: int) -> 
     except (DataError, MemoryError):
         raise
     except Exception as error:
-        raise DataError(f"cannot read the image {where}: {_reason(error)}") from error
+        raise DataError(f"cannot read the image {where}: {_reason(error, source)}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any Pillow mode to 8-bit RGB, turned upright by its EXIF orientation.
 
-    Transparent pixels are laid on white. 16-bit greys are scaled by 255/65535; so are 32-bit integers, which Pillow
-    uses for the same files, and floats unless none exceeds 1 (scaled by 255) or 255 (left as they are). Colour
-    profiles are not applied, as in timm. Of an animation the first frame is used.
+    Transparent pixels are laid on white. Greys of more than 8 bits are scaled by their own values. Colour profiles are
+    not applied, as in timm. Of an animation the first frame is used.
     """
     image = _upright(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _from_wide(image)
+    if _is_wide_grey(image):
+        return _grey(np.asarray(image), {})
     if image.mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return _converted(ImageCms.profileToProfile(image, *profiles, outputMode="RGB"))
@@ -85,9 +135,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of our formats that this build of Pillow reads."""
+    """Those of our formats that this build of Pillow reads, with the plugins that are installed."""
     Image.init()
-    return tuple(name for name in _FORMATS.split() if name in Image.OPEN)
+    for plugin, register in (("pillow_heif", "register_heif_opener"), ("pillow_avif", None)):
+        with suppress(ImportError):
+            module = importlib.import_module(plugin)
+            if register is not None:
+                getattr(module, register)()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 @contextmanager
@@ -106,13 +161,23 @@ def _source(raw: Mapping[str, Any] | None, where: str) -> io.BytesIO | str:
     return str(raw["path"])
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, source: io.BytesIO | str) -> str:
     """Why Pillow gave up, without the object addresses and paths that its messages repeat."""
-    if isinstance(error, UnidentifiedImageError):
-        return "it is not an image of a known format"
     if isinstance(error, FileNotFoundError):
         return "the file is gone"
-    return first_line(error)
+    if not isinstance(error, UnidentifiedImageError):
+        return first_line(error)
+    name = _BRANDS.get(_head(source)[8:12])
+    if name is not None and name not in _formats():
+        return f"it is a {name} file, which Pillow cannot decode here: {_PLUGINS[name]}"
+    return "it is not an image of a known format"
+
+
+def _head(source: io.BytesIO | str) -> bytes:
+    if isinstance(source, io.BytesIO):
+        return source.getvalue()[:12]
+    with open(source, "rb") as file:
+        return file.read(12)
 
 
 def _check_size(image: Image.Image, where: str, max_pixels: int) -> None:
@@ -133,13 +198,53 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _from_wide(image: Image.Image) -> Image.Image:
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    if image.mode == "F" and values.max(initial=0.0) <= 1.0:
-        values = values * 255
-    elif image.mode != "F" or values.max(initial=0.0) > 255:
-        values = values / 257
-    return Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8)).convert("RGB")
+def _is_wide(image: Image.Image) -> bool:
+    """Whether an image that has not been decoded yet holds more than 8 bits a value; colours, as PNG files alone."""
+    return _is_wide_grey(image) or (image.format == "PNG" and ";16" in str(vars(image)["tile"]))
+
+
+def _is_wide_grey(image: Image.Image) -> bool:
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def _wide_to_rgb(image: Image.Image, source: io.BytesIO | str, levels: Levels) -> Image.Image:
+    values = _wide_values(image, source)
+    if values.ndim == 2:
+        return _grey(values, levels)
+    color = values if values.shape[2] in (1, 3) else values[..., :-1]  # the levels of what is seen
+    narrow = to_bytes(color, levels if "integer" in levels else _own_levels(color))
+    if color is values:
+        return Image.fromarray(narrow).convert("RGB")
+    narrow = np.concatenate([narrow, (values[..., -1:] // 257).astype(np.uint8)], axis=2)
+    return _on_white(Image.fromarray(narrow, "LA" if narrow.shape[2] == 2 else "RGBA"))
+
+
+def _wide_values(image: Image.Image, source: io.BytesIO | str) -> NDArray[Any]:
+    """All bits of an image, of shape `(height, width)` or `(height, width, channels)`, turned upright.
+
+    Pillow keeps the upper byte of 16-bit colours only; torchvision decodes both.
+    """
+    if _is_wide_grey(image):
+        return np.asarray(_upright(image))
+    from torchvision.io import ImageReadMode, decode_image  # type: ignore[import-untyped]
+
+    content = source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
+    pixels = decode_image(
+        torch.frombuffer(bytearray(content), dtype=torch.uint8),
+        mode=ImageReadMode.UNCHANGED,
+        apply_exif_orientation=True,
+    )
+    wide: NDArray[Any] = pixels.permute(1, 2, 0).numpy()
+    return wide[..., 0] if wide.shape[2] == 1 else wide
+
+
+def _grey(values: NDArray[Any], levels: Levels) -> Image.Image:
+    known = levels if kind_of(values) in levels else _own_levels(values)
+    return Image.fromarray(to_bytes(values, known)).convert("RGB")
+
+
+def _own_levels(values: NDArray[Any]) -> Levels:
+    return levels_of([(kind_of(values), extremes(values) or (0.0, 1.0))])
 
 
 def _on_white(image: Image.Image) -> Image.Image:

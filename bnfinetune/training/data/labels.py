@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -61,8 +62,14 @@ def _label_candidates(features: Mapping[str, Any]) -> list[str]:
     typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     if len(typed) == 1:
         return typed
-    named = [name for name in LABEL_NAMES if name in (typed or features)]
-    return named[:1] or typed or _lone_value(features)
+    named = known_label(typed or features)
+    return [named] if named is not None else typed or _lone_value(features)
+
+
+def known_label(columns: Collection[str]) -> str | None:
+    """The likeliest of columns that are called as labels are, in any case; None if there is none."""
+    folded = {name.casefold(): name for name in reversed([*columns])}
+    return next((folded[name] for name in LABEL_NAMES if name in folded), None)
 
 
 def _lone_value(features: Mapping[str, Any]) -> list[str]:
@@ -86,20 +93,41 @@ class Coding:
     def of_feature(cls, feature: Any, declared: tuple[str, ...] | int | None, where: str) -> Coding | None:
         """The coding that a column's type or `data.classes` tells; None if only the values themselves can."""
         if isinstance(feature, datasets.ClassLabel):
-            return cls(tuple(feature.names), tuple(feature.names))
+            return cls.of_names(feature.names)
         dtype = getattr(feature, "dtype", None)
         if not isinstance(feature, datasets.Value) or not (dtype in _TEXT or dtype == "bool" or "int" in str(dtype)):
             raise DataError(f"{where} holds {_kind(feature)}, not a class name or number per image")
         if declared is None:
             return None
-        names = tuple(str(number) for number in range(declared)) if isinstance(declared, int) else declared
-        return cls(names, names if dtype in _TEXT else tuple(range(len(names))))
+        names = [str(number) for number in range(declared)] if isinstance(declared, int) else declared
+        texts = cls.of_names(names)
+        return texts if dtype in _TEXT else cls(texts.classes, tuple(range(len(texts.classes))))
+
+    @classmethod
+    def of_names(cls, names: Iterable[str]) -> Coding:
+        """Names that stand for themselves; those that differ in how Unicode spells them only are one."""
+        texts = tuple(dict.fromkeys(one_spelling(name) for name in names))
+        return cls(texts, texts)
 
     @classmethod
     def of_values(cls, values: Sequence[Any]) -> Coding:
         """Sorted distinct values: texts are names, numbers are named by themselves."""
         distinct = tuple(sorted(set(values)))
         return cls(tuple(str(value) for value in distinct), distinct)
+
+    @classmethod
+    def of_network(cls, names: Sequence[str], values: Sequence[Any], declared: tuple[str, ...] | int | None) -> Coding:
+        """The coding by which a network that knows classes by `names` reads a column of these values.
+
+        Numbers that are no names themselves are positions: in `data.classes`, or else in the network's own names.
+        """
+        known = cls.of_names(names)
+        numbers = [value for value in set(values) if isinstance(value, int)]
+        if not numbers or {str(value) for value in numbers} <= set(known.classes):
+            return cls(known.classes, tuple(numbers_as_named(known.classes, numbers)))
+        order = [one_spelling(name) for name in declared] if isinstance(declared, tuple) else list(known.classes)
+        places = {name: place for place, name in enumerate(order)}
+        return cls(known.classes, tuple(places.get(name) for name in known.classes))
 
     def encode(self, values: Sequence[Any], where: str, against: str) -> Indices:
         """Class numbers of column values.
@@ -121,9 +149,20 @@ def column_values(split: Any, column: str) -> list[Any]:
     table = split.select_columns([column]).with_format("arrow")[:][column]
     values: list[Any] = table.to_pylist()
     if isinstance(feature, datasets.ClassLabel):
-        names = (*feature.names, None)  # -1, which means unlabelled, is the last
+        names = (*map(one_spelling, feature.names), None)  # -1, which means unlabelled, is the last
         return [None if value is None else names[value] for value in values]
-    return values
+    return [one_spelling(value) if isinstance(value, str) else value for value in values]
+
+
+def one_spelling(name: str) -> str:
+    """A name as Unicode composes it: file systems give the same letters in several forms."""
+    return unicodedata.normalize("NFC", name)
+
+
+def numbers_as_named(names: Sequence[str], numbers: Collection[int]) -> list[Any]:
+    """Each name, or the number among `numbers` that it writes (False and True are numbers too)."""
+    written = {str(number): number for number in numbers}
+    return [written.get(name, name) for name in names]
 
 
 def column_numbers(split: Any, column: str) -> Indices:

@@ -20,12 +20,12 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDat
 
 from bnfinetune.errors import DataError
 from bnfinetune.recipe import Data
+from bnfinetune.source_paths import DEMOS
 from bnfinetune.training.data.hints import first_line, listed
 from bnfinetune.training.data.labels import column_values
 from bnfinetune.training.data.reading import Batch, Failure, ImageReader
 from bnfinetune.training.data.sampling import EvalSampler, TrainSampler
 from bnfinetune.training.data.seeding import derive_seed
-from bnfinetune.training.data.sources import DEMOS
 from bnfinetune.training.data.splits import ImageSplits
 from bnfinetune.training.data.streams import StreamSampler
 from bnfinetune.training.data.transforms import Transform, Transforms
@@ -296,6 +296,7 @@ class _Kit:
             max_pixels=self.data.max_pixels,
             skip=self.data.on_error == "skip",
             in_memory=self.process["workers"] == 0,
+            levels=self.splits.levels,
             **options,
         )
 

@@ -24,7 +24,9 @@ class SeededMixup:
     def __init__(self, mixup: Mixup, seed: int, rank: int) -> None:
         self.mixup, self.seed, self.rank = mixup, seed, rank
 
-    def __call__(self, images: Tensor, labels: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, images: Tensor, labels: Tensor, epoch: int, batch: int, domains: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Mix a batch in place.
 
         Args:
@@ -32,6 +34,8 @@ class SeededMixup:
             labels: Class numbers, of shape `(size,)`.
             epoch: Pass over the data that the batch belongs to.
             batch: Its number in the pass.
+            domains: Domain number of each image, of shape `(size,)`; each domain is then mixed by itself, since what
+                is half of another domain would enter the wrong statistics.
 
         Returns:
             The images, and soft targets of shape `(size, num_classes)`, smoothed.
@@ -39,11 +43,23 @@ class SeededMixup:
         state = np.random.get_state()
         np.random.seed(derive_seed(self.seed, _MIXING, epoch, batch, self.rank) & 0xFFFFFFFF)
         try:
-            share = self.mixup._mix_batch(images)
+            if domains is None:
+                return images, self._mix(images, labels)
+            targets = images.new_zeros(len(images), self.mixup.num_classes)
+            for number in domains.unique():
+                rows = (domains == number).nonzero().flatten().to(images.device)
+                mixed = images[rows]
+                targets[rows] = self._mix(mixed, labels[rows]).to(targets.dtype)
+                images[rows] = mixed
+            return images, targets
         finally:
             np.random.set_state(state)
+
+    def _mix(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Mix images with their own reverse, in place, and give their targets."""
+        share = self.mixup._mix_batch(images)
         targets: Tensor = mixup_target(labels, self.mixup.num_classes, share, self.mixup.label_smoothing)
-        return images, targets
+        return targets
 
 
 def build_mixup(

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any, Final
 
+import datasets
 import numpy as np
 
 from bnfinetune.errors import DataError
-from bnfinetune.training.data.folders import printable
-from bnfinetune.training.data.images import check_header, open_image
+from bnfinetune.training.data.images import check_header, open_image, wide_extremes
+from bnfinetune.training.data.levels import Levels, levels_of
+from bnfinetune.training.data.walking import printable
 
 _SMALL_BYTES: Final = 32 * 2**20  # a split of fewer bytes and images is decoded as a whole, in a few seconds
 _SMALL_IMAGES: Final = 10_000
+_LEVEL_IMAGES: Final = 1_000  # of a split that are looked at for values of more than 8 bits
+_FIRST_OF_STREAM: Final = 64
 _HEADERS: Final = 2_000  # images of a larger split whose first bytes are read, evenly spaced
 
 
@@ -37,6 +42,23 @@ def unreadable_images(split: Any, column: str, where: str, max_pixels: int) -> d
         except DataError as error:
             broken[row] = str(error)
     return broken
+
+
+def find_levels(split: Any, column: str) -> Levels:
+    """Which values of the 16-bit and float images of a split are black and white; empty where there are none.
+
+    Of a large split, some images are looked at, evenly spaced; of a stream, the first.
+
+    Args:
+        split: A `datasets.Dataset` or `IterableDataset` with undecoded images.
+        column: Its column of images.
+    """
+    if isinstance(split, datasets.IterableDataset):
+        raws: Any = (row[column] for row in islice(split.select_columns([column]), _FIRST_OF_STREAM))
+    else:
+        rows = np.unique(np.linspace(0, len(split) - 1, _LEVEL_IMAGES).round().astype(np.int64))
+        raws = (raw for _, raw in _raw_images(split, column, rows))
+    return levels_of(found for raw in raws if (found := wide_extremes(raw)) is not None)
 
 
 def image_name(raw: Mapping[str, Any] | None, row: int, where: str) -> str:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from bnfinetune.errors import DataError
 from bnfinetune.training.data.images import open_image
 from bnfinetune.training.data.labels import column_numbers
+from bnfinetune.training.data.levels import Levels
 from bnfinetune.training.data.readable import image_name, original_row
 from bnfinetune.training.data.sampling import Pick
 from bnfinetune.training.data.seeding import derive_seed, preserved_draws, seed_draws
@@ -65,6 +66,7 @@ class ImageReader(Dataset[Any]):
             batches keep their size; elsewhere the batch is smaller.
         in_memory: Keep what is decoded if the split fits into 256 MiB.
         domains: Domain number of each image, of shape `(rows,)`, or None.
+        levels: Values of 16-bit and float images that become 0 and 255.
     """
 
     def __init__(
@@ -79,12 +81,13 @@ class ImageReader(Dataset[Any]):
         skip: bool = False,
         in_memory: bool = False,
         domains: NDArray[np.int64] | None = None,
+        levels: Levels | None = None,
     ) -> None:
         self.image_column, self.label_column = columns
         self.split = None if isinstance(split, IterableDataset) else split
         self.labels = None if self.split is None else column_numbers(split, self.label_column)
         self.transform, self.where, self.max_pixels, self.seed, self.skip = transform, where, max_pixels, seed, skip
-        self.domains = domains
+        self.domains, self.levels = domains, levels
         self.memory = _Memory(len(split) if in_memory and self.split is not None else 0)
 
     def __getitems__(self, picks: list[Pick]) -> Batch | Failure:
@@ -153,7 +156,8 @@ class ImageReader(Dataset[Any]):
             raw, row = (pick.row or {}).get(self.image_column), pick.number
         else:
             raw, row = self.split[pick.number][self.image_column], original_row(self.split, pick.number)
-        return open_image(raw, image_name(raw, row, self.where), self.max_pixels, self.transform.shortest)
+        where = image_name(raw, row, self.where)
+        return open_image(raw, where, self.max_pixels, self.transform.shortest, self.levels)
 
     def _label(self, pick: Pick) -> int:
         if self.labels is not None:

@@ -19,15 +19,15 @@ import datasets
 
 from bnfinetune.errors import DataError
 from bnfinetune.recipe import Data
-from bnfinetune.training.data.folders import SPLIT_NAMES, printable, read_class_folders
-from bnfinetune.training.data.hints import did_you_mean, first_line, listed
+from bnfinetune.source_paths import DEMOS, FILE_ENDINGS, HUB_UNREACHABLE, check_source, near_name, siblings
+from bnfinetune.training.data.folders import WHOLE, read_class_folders
+from bnfinetune.training.data.hints import first_line, listed
+from bnfinetune.training.data.metadata import read_metadata
+from bnfinetune.training.data.split_names import split_role, split_word
+from bnfinetune.training.data.tars import read_tars
+from bnfinetune.training.data.walking import PassedOver, entries, printable
 
-DEMOS: Final = ("demo", "demo-characters", "demo-domains")
-
-_BUILDERS: Final = {".parquet": "parquet", ".tar": "webdataset"}
-_METADATA: Final = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # that list images and their labels
-_HUB_TIMEOUT = 10.0  # seconds
-_SPLIT_IN_NAME = re.compile(rf"(?:^|[^a-z])({'|'.join(SPLIT_NAMES)})(?:[^a-z]|$)")
+_HUB_TIMEOUT: Final = 10.0  # seconds
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -43,21 +43,16 @@ def open_source(data: Data) -> dict[str, Any]:
     source = data.source
     if source in DEMOS:
         return _open_demo(source)
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.is_dir():
         return _open_folder(path, data)
-    if path.suffix.lower() in _BUILDERS or glob.has_magic(source):
-        return _open_pattern(str(path), data)
+    if path.suffix.lower() in FILE_ENDINGS or glob.has_magic(source):
+        return _open_pattern(source, data)
     if path.exists():
-        raise DataError(f"data.source: the file {printable(path)} is neither {' nor '.join(_BUILDERS)}")
-    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or _is_inside_folder(path):
-        raise DataError(f"data.source: there is no folder or file {printable(source)}{_sibling_hint(path)}")
+        raise DataError(f"data.source: the file {printable(path)} is neither {' nor '.join(FILE_ENDINGS)}")
+    if not _is_cached(source):
+        check_source(source)
     return _open_hub(source, data)
-
-
-def _is_inside_folder(path: Path) -> bool:
-    """Whether a missing path lies in a folder that is there, so that no name on a hub is meant."""
-    return path.parent != Path() and path.parent.is_dir()
 
 
 def _open_demo(name: str) -> dict[str, Any]:
@@ -72,32 +67,51 @@ def _open_folder(root: Path, data: Data) -> dict[str, Any]:
     where = f"data.source: the folder {printable(root)}"
     if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
         return _by_split(_load(where, lambda: datasets.load_from_disk(str(root))))
-    if any((root / split / name).is_file() for split in ("", *SPLIT_NAMES) for name in _METADATA):
-        return _by_split(_load(where, lambda: datasets.load_dataset("imagefolder", data_dir=str(root))))
-    splits = read_class_folders(root, data)
+    splits = read_metadata(root, data) or read_class_folders(root, data)
     if splits is not None:
         return dict(splits)
-    for ending in _BUILDERS:
-        files = sorted(str(path) for path in root.rglob(f"*{ending}"))
+    passed = PassedOver()
+    for ending in FILE_ENDINGS:
+        files = sorted(_files_below(root, ending, passed))
         if files:
             return _read_files(files, where, data)
-    raise DataError(f"{where} holds no class folders with images, nor parquet, webdataset or save_to_disk data")
+    found = f" (found: {passed})" if str(passed) else ""
+    raise DataError(f"{where} holds no class folders with images, nor parquet, webdataset or save_to_disk data{found}")
+
+
+def _files_below(folder: Path, ending: str, passed: PassedOver) -> Iterator[str]:
+    for entry in entries(folder):
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files_below(Path(entry.path), ending, passed)
+        elif entry.name.lower().endswith(ending):
+            yield entry.path
+        elif ending == FILE_ENDINGS[-1]:
+            passed.add(entry)
 
 
 def _open_pattern(pattern: str, data: Data) -> dict[str, Any]:
     """Parquet or webdataset files by name, `*` and `{000..127}`."""
-    files = sorted(name for each in _expand_braces(pattern) for name in glob.glob(each, recursive=True))
-    if os.path.isfile(pattern):  # whose name may hold brackets
-        files = [pattern]
+    there, rest = _literal_part(pattern)
+    names = (os.path.join(glob.escape(there), each) for each in _expand_braces(rest))
+    files = [pattern] if not rest else sorted(file for name in names for file in glob.glob(name, recursive=True))
     if not files:
-        raise DataError(f"data.source: no file matches {printable(pattern)}{_sibling_hint(Path(pattern))}")
+        hint = near_name(Path(pattern).name, siblings(Path(pattern)))
+        raise DataError(f"data.source: no file matches {printable(pattern)}{hint}")
     endings = {Path(name).suffix.lower() for name in files}
-    if len(endings) != 1 or not endings <= set(_BUILDERS):
+    if len(endings) != 1 or not endings <= set(FILE_ENDINGS):
         raise DataError(
             f"data.source: {printable(pattern)} matches files of the kinds {listed(sorted(endings))}, "
-            f"not of one of {listed(_BUILDERS)}"
+            f"not of one of {listed(FILE_ENDINGS)}"
         )
     return _read_files(files, f"data.source: {printable(pattern)}", data)
+
+
+def _literal_part(pattern: str) -> tuple[str, str]:
+    """A pattern as what is there under that very name, which may hold brackets or braces, and the rest."""
+    there, parts = "", list(Path(pattern).parts)
+    while parts and os.path.exists(os.path.join(there, parts[0])):
+        there = os.path.join(there, parts.pop(0))
+    return there, os.path.join("", *parts)
 
 
 def _read_files(files: list[str], where: str, data: Data) -> dict[str, Any]:
@@ -108,25 +122,31 @@ def _read_files(files: list[str], where: str, data: Data) -> dict[str, Any]:
     empty = [name for name in files if os.path.getsize(name) == 0]
     if empty:
         raise DataError(f"data.source: the file {printable(empty[0])} is empty")
-    builder = _BUILDERS[Path(files[0]).suffix.lower()]
 
     def load(names: list[str]) -> Any:
-        return datasets.load_dataset(builder, data_files={"train": names}, split="train", streaming=data.streaming)
+        if names[0].lower().endswith(".tar"):
+            return read_tars(names, streaming=data.streaming)
+        literal = [glob.escape(name) for name in names]
+        return datasets.load_dataset("parquet", data_files={"train": literal}, split="train", streaming=data.streaming)
 
     return {split: _load(where, partial(load, names)) for split, names in _files_by_split(files).items()}
 
 
 def _files_by_split(files: list[str]) -> dict[str, list[str]]:
-    """Files by the split in their name, or else by the folder they lie in; all are `train` if neither says one."""
-    by_name = _grouped(files, lambda path: (found := _SPLIT_IN_NAME.search(path.stem.lower())) and found.group(1))
-    by_folder = _grouped(files, lambda path: path.parent.name if path.parent.name in SPLIT_NAMES else None)
+    """Files by the split in their name, or else by the folder they lie in; all are `train` if neither says one.
+
+    A word such as `test` in the name of a single file says nothing, unless it is all that the name says.
+    """
+    of_name = split_role if len(files) == 1 else split_word
+    by_name = _grouped(files, lambda path: of_name(path.stem))
+    by_folder = _grouped(files, lambda path: path.parent.name if split_role(path.parent.name) else None)
     splits = by_name if set(by_name) != {None} else by_folder
     unnamed = splits.pop(None, [])
     if unnamed and splits:
         raise DataError(
             f"data.source: the name of {printable(unnamed[0])} holds no split, but others hold {listed(sorted(splits))}"
         )
-    return splits or {"train": unnamed}
+    return splits or {WHOLE: unnamed}
 
 
 def _grouped(files: list[str], key: Callable[[Path], str | None]) -> dict[Any, list[str]]:
@@ -164,16 +184,13 @@ def _check_hub(name: str, where: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-    hint = did_you_mean(name, [*DEMOS, *_entries_beside(Path(name))])
+    hint = near_name(name, [*DEMOS, *siblings(Path(name))])
     try:
         HfApi().dataset_info(name, timeout=_HUB_TIMEOUT)
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise DataError(f"{where} is neither a local folder nor on the Hugging Face hub{hint}") from error
     except Exception as error:  # whatever the HTTP client of the day raises, and offline mode
-        raise DataError(
-            f"{where} is no local folder, and the Hugging Face hub cannot be reached{hint or ':'} ways out: a local "
-            "folder of images, a save_to_disk folder, or a cache filled on another machine with HF_HUB_OFFLINE=1"
-        ) from error
+        raise DataError(f"{where} is no local folder, and {HUB_UNREACHABLE}{hint or ''}") from error
 
 
 def _load(where: str, load: Callable[[], Any]) -> Any:
@@ -207,14 +224,3 @@ def _quiet_progress() -> Iterator[None]:
 
 def _by_split(loaded: Any) -> dict[str, Any]:
     return dict(loaded) if isinstance(loaded, Mapping) else {"train": loaded}
-
-
-def _sibling_hint(path: Path) -> str:
-    return did_you_mean(path.name, _entries_beside(path))
-
-
-def _entries_beside(path: Path) -> list[str]:
-    try:
-        return [entry.name for entry in path.parent.iterdir()]
-    except OSError:
-        return []

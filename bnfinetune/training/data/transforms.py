@@ -19,8 +19,8 @@ from torchvision.transforms import Compose  # type: ignore[import-untyped]
 
 from bnfinetune.errors import RecipeError
 from bnfinetune.recipe import Data
+from bnfinetune.source_paths import DEMOS
 from bnfinetune.training.data.hints import first_line
-from bnfinetune.training.data.sources import DEMOS
 
 _PIL_MODES: Final = {1: "L", 3: "RGB"}
 

@@ -335,7 +335,7 @@ class Trainer:
         if self.mixup is not None:
             if images is batch[0]:
                 images = images.clone()  # it is mixed in place, and may be asked for again
-            images, labels = self.mixup(images, labels, self.progress.epoch, self.progress.batch + number)
+            images, labels = self.mixup(images, labels, self.progress.epoch, self.progress.batch + number, *domains)
         return images, labels, *domains
 
     def _loss(self, batch: Batch) -> Tensor:

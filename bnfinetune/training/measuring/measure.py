@@ -16,11 +16,12 @@ from torch import nn
 from bnfinetune.bn.adapt import adapt_model
 from bnfinetune.bn.statistics.precise import evaluation_mode
 from bnfinetune.errors import CheckpointError, DataError
+from bnfinetune.notes import note
 from bnfinetune.recipe import Recipe
-from bnfinetune.recipe_files import load_recipe
+from bnfinetune.recipe_files import load_recipe, override_keys
 from bnfinetune.training.data.from_recipe import recipe_loaders
 from bnfinetune.training.data.loaders import ImageLoader
-from bnfinetune.training.data.splits import load_splits
+from bnfinetune.training.data.splits import ImageSplits, Network, load_splits
 from bnfinetune.training.launch import start_accelerator
 from bnfinetune.training.measuring.metrics import Metrics, Tally
 from bnfinetune.training.measuring.mistakes import Mistakes
@@ -28,7 +29,7 @@ from bnfinetune.training.network.backbone import input_config
 from bnfinetune.training.network.norms import CONFIG_KEY, rebuild_norms
 from bnfinetune.training.network.shapes import input_format
 from bnfinetune.training.saving.export import RECIPE, WEIGHTS, load_weights
-from bnfinetune.training.saving.provenance import check_provenance
+from bnfinetune.training.saving.provenance import check_provenance, stated_levels
 
 
 def measure(
@@ -72,8 +73,32 @@ def checkpoint_recipe(checkpoint: str, overrides: Sequence[str] = ()) -> tuple[P
         folder = folder / "best"
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"checkpoint: {checkpoint} holds no exported model (config.json); name RUN or RUN/best")
-    saved = folder / RECIPE
-    return folder, load_recipe(str(saved) if saved.is_file() else {}, overrides)
+    saved = load_recipe(str(folder / RECIPE) if (folder / RECIPE).is_file() else {})
+    given = override_keys(overrides)
+    if "data.source" in given:  # what the recipe says of its own data is not true of others
+        theirs = ("config", "train_split", "val_split", "test_split", "train_samples", "domain_column")
+        defaults = {f"data.{key}": None for key in theirs if f"data.{key}" not in given}
+        saved = load_recipe(saved, defaults)
+    return folder, load_recipe(saved, overrides)
+
+
+def open_data(
+    model: Any, folder: Path, recipe: Recipe, overrides: Sequence[str], *, any_classes: bool = False
+) -> ImageSplits:
+    """The images to measure a network of a folder on: those of its own run, or all of what `data.source` names.
+
+    Raises:
+        DataError: The data cannot be used or, unless `any_classes`, has classes that the network does not know.
+    """
+    whole = "data.source" in override_keys(overrides)
+    names = () if any_classes else tuple(model.pretrained_cfg.get("label_names") or ())
+    splits = load_splits(recipe.data, recipe.run.seed, network=Network(names, stated_levels(folder)), whole=whole)
+    if not (any_classes or names) and model.num_classes != len(splits.class_names):
+        raise DataError(
+            f"data.source has {len(splits.class_names)} classes, but {folder} predicts {model.num_classes} that it "
+            "does not name: measure it on data with the same classes"
+        )
+    return splits
 
 
 def evaluate_checkpoint(checkpoint: str, overrides: Sequence[str] = ()) -> dict[str, Metrics]:
@@ -81,24 +106,29 @@ def evaluate_checkpoint(checkpoint: str, overrides: Sequence[str] = ()) -> dict[
 
     Args:
         checkpoint: A run folder, an exported folder such as RUN/best, or any folder that timm saved.
-        overrides: `data.*` and `evaluate.*` overrides of the recipe saved in the folder.
+        overrides: `data.*` and `evaluate.*` overrides of the recipe saved in the folder. Where they name `data.source`,
+            the whole of it is measured, or its validation and test splits where it has such.
 
     Returns:
-        Metrics by split: `validation`, and `test` where there is one.
+        Metrics by split: `validation`, and `test` where there is one; `all` of a set without such splits.
 
     Raises:
         CheckpointError: The folder holds no network.
-        DataError: The data cannot be used, or its classes are not the network's.
+        DataError: The data cannot be used, or has classes that the network does not know.
     """
     folder, recipe = checkpoint_recipe(checkpoint, overrides)
     accelerator = start_accelerator(recipe.train.mixed_precision)
     model = load_exported(folder).to(accelerator.device)
-    splits = load_splits(recipe.data, recipe.run.seed)
-    check_classes(model, splits.class_names, folder)
+    splits = open_data(model, folder, recipe, overrides)
+    shown = {"validation": splits.measured_as}
+    if splits.names["train"] not in (splits.names["val"], splits.names.get("test")):
+        note(f"the split {splits.names['train']!r} is not measured; data.val_split={splits.names['train']} measures it")
     loaders = recipe_loaders(recipe, splits, input_config(model, None), accelerator)
     with closing(loaders):
         return {
-            name: measure(adapted(model, recipe, loaders.targets[name]), loader, model.num_classes, accelerator)
+            shown.get(name, name): measure(
+                adapted(model, recipe, loaders.targets[name]), loader, model.num_classes, accelerator
+            )
             for name, loader in loaders.measured.items()
         }
 
@@ -135,13 +165,3 @@ def load_exported(folder: Path) -> Any:
         raise CheckpointError(f"checkpoint: {folder} cannot be loaded ({error})") from error
     check_provenance(folder, model)
     return model.eval()
-
-
-def check_classes(model: Any, class_names: Sequence[str], folder: Path) -> None:
-    """Refuse data whose classes are not the network's, or are in another order."""
-    known = tuple(model.pretrained_cfg.get("label_names") or ())
-    if known != tuple(class_names) and (known or model.num_classes != len(class_names)):
-        raise DataError(
-            f"data.source has the classes {', '.join(class_names[:5])}... ({len(class_names)}), but {folder} predicts "
-            f"{', '.join(known[:5])}... ({model.num_classes}): evaluate on data with the same classes"
-        )

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from bnfinetune.diagnose.page import Picture
-from bnfinetune.training.data.folders import printable
 from bnfinetune.training.data.readable import original_row
+from bnfinetune.training.data.walking import printable
 
 KEPT = 24
 """Images that are shown."""

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from timm.data import create_transform
+from numpy.typing import NDArray
+from PIL import Image
 
 from bnfinetune.errors import DataError
-from bnfinetune.training.data.images import EXTENSIONS, open_image
+from bnfinetune.notes import note
+from bnfinetune.training.data.images import open_image, wide_extremes
+from bnfinetune.training.data.levels import Levels, levels_of
+from bnfinetune.training.data.transforms import build_transforms
+from bnfinetune.training.data.walking import PassedOver, images_below, printable
 from bnfinetune.training.launch import start_accelerator
 from bnfinetune.training.measuring.measure import checkpoint_recipe, load_exported
 from bnfinetune.training.network.backbone import input_config
+from bnfinetune.training.saving.provenance import stated_levels
 
-_BATCH = 64  # images per forward
+_BATCH = 64  # images per forward, once the first answers are given
+_LEVEL_IMAGES = 256  # files that are looked at for values of more than 8 bits, where the network tells no levels
 
 
 def predict(checkpoint: str, paths: Sequence[str], top: int = 5) -> Iterator[dict[str, Any]]:
     """Predict the classes of images; `bnfinetune predict` calls this.
 
+    Images that cannot be read are named in notes and counted in a last one; answers come from the first image on.
+
     Args:
         checkpoint: A run folder, or an exported folder such as RUN/best.
-        paths: Image files, and folders that are searched for images.
+        paths: Image files, and folders that are searched for images as those to train on are.
         top: Classes per image, the likeliest first.
 
     Yields:
@@ -31,32 +42,73 @@ def predict(checkpoint: str, paths: Sequence[str], top: int = 5) -> Iterator[dic
 
     Raises:
         CheckpointError: The folder holds no network.
-        DataError: A path does not exist, is no image, or holds none.
+        DataError: A path does not exist or holds no image, or no image at all can be read.
     """
     folder, recipe = checkpoint_recipe(checkpoint)
     files = [file for path in paths for file in _images(Path(path))]
     device = start_accelerator().device
     model = load_exported(folder).to(device)
-    transform = create_transform(**input_config(model, None), is_training=False)
+    transform = build_transforms(recipe.data, input_config(model, None)).eval
     names = model.pretrained_cfg.get("label_names") or [str(i) for i in range(model.num_classes)]
-    for begin in range(0, len(files), _BATCH):
-        chunk = files[begin : begin + _BATCH]
-        opened = [open_image({"path": str(file)}, str(file), recipe.data.max_pixels) for file in chunk]
-        images = torch.stack([transform(image) for image in opened]).to(device)
-        with torch.inference_mode():
-            likeliest = model(images).softmax(dim=1).topk(min(top, len(names)), dim=1)
-        for file, values, indices in zip(chunk, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
+    levels = stated_levels(folder) or _levels_of(files)
+    unreadable: list[str] = []
+    read = _readable(files, recipe.data.max_pixels, levels, unreadable)
+    size = 1
+    while batch := [(file, transform.draw(image)) for file, image in islice(read, size)]:
+        scores = _scores(model, transform.finish(_stacked([pixels for _, pixels in batch]).to(device)))
+        likeliest = scores.topk(min(top, len(names)), dim=1)
+        for (file, _), values, indices in zip(
+            batch, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True
+        ):
             ranked = [{"label": names[i], "probability": p} for i, p in zip(indices, values, strict=True)]
             yield {"path": str(file), **ranked[0], "top": ranked}
+        size = min(2 * size, _BATCH)
+    if len(unreadable) == len(files):
+        raise DataError(unreadable[0] + (f" (and {len(files) - 1} more, of {len(files)})" if len(files) > 1 else ""))
+    if unreadable:
+        note(f"predict: {len(unreadable)} of {len(files)} images could not be read and were passed over")
+
+
+def _readable(
+    files: Sequence[Path], max_pixels: int, levels: Levels, unreadable: list[str]
+) -> Iterator[tuple[Path, Image.Image]]:
+    """The images that can be read; what is wrong with each other one is said, and added to `unreadable`."""
+    for file in files:
+        try:
+            yield file, open_image({"path": str(file)}, printable(file), max_pixels, levels=levels)
+        except DataError as error:
+            unreadable.append(str(error))
+            if len(files) > 1:
+                note(f"predict: {error}")
+
+
+def _scores(model: Any, images: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        scores: torch.Tensor = model(images).softmax(dim=1)
+    return scores
+
+
+def _stacked(pixels: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(pixels))
+
+
+def _levels_of(files: Sequence[Path]) -> Levels:
+    """Which values of 16-bit and float images are black and white, for a network that was trained on others."""
+    some = files[:: max(1, len(files) // _LEVEL_IMAGES)]
+    return levels_of(found for file in some if (found := wide_extremes({"path": str(file)})) is not None)
 
 
 def _images(path: Path) -> list[Path]:
-    """The image files at or below `path`, sorted."""
+    """The image files at or below `path`, in the order of their names."""
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise DataError(f"predict: there is no file or folder {path}")
-    found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in EXTENSIONS)
+        raise DataError(f"predict: there is no file or folder {printable(path)}")
+    passed = PassedOver()
+    found = list(images_below(path, passed))
     if not found:
-        raise DataError(f"predict: the folder {path} holds no image")
+        beside = f", but {passed}" if str(passed) else ""
+        raise DataError(f"predict: the folder {printable(path)} holds no image{beside}")
+    if str(passed):
+        note(f"predict: passed over in {printable(path)}: {passed}")
     return found

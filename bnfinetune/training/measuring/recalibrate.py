@@ -16,9 +16,8 @@ from bnfinetune.recipe import Recalibrate, Recipe
 from bnfinetune.recipe_files import dump_recipe
 from bnfinetune.training.data.from_recipe import recipe_loaders
 from bnfinetune.training.data.loaders import ImageLoader, Loaders
-from bnfinetune.training.data.splits import load_splits
 from bnfinetune.training.launch import start_accelerator
-from bnfinetune.training.measuring.measure import checkpoint_recipe, load_exported
+from bnfinetune.training.measuring.measure import checkpoint_recipe, load_exported, open_data
 from bnfinetune.training.network.backbone import input_config
 from bnfinetune.training.network.norms import norm_config
 from bnfinetune.training.saving.export import save_export
@@ -80,7 +79,7 @@ def recalibrate_checkpoint(checkpoint: str, out: str, overrides: Sequence[str] =
     target = choose_folder(out, "recalibrated")
     accelerator = start_accelerator(recipe.train.mixed_precision)
     model = load_exported(folder).to(accelerator.device)
-    splits = load_splits(recipe.data, recipe.run.seed)
+    splits = open_data(model, folder, recipe, overrides, any_classes=True)
     data_config = input_config(model, recipe.data.image_size)
     with closing(recipe_loaders(recipe, splits, data_config, accelerator)) as loaders:
         report = recalibrate(model, loaders, recipe, accelerator, exported=True)
@@ -92,6 +91,7 @@ def recalibrate_checkpoint(checkpoint: str, out: str, overrides: Sequence[str] =
             "data": recipe.recalibrate.data,
             "source": recipe.data.source,
             "fingerprint": splits.fingerprint(),
+            "levels": dict(splits.levels),
         }
         save_export(target, model, names, data_config, dump_recipe(recipe), source, norm_config(recipe.model))
     accelerator.wait_for_everyone()

@@ -8,16 +8,24 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file
-from timm.data import resolve_data_config
-from timm.models import load_state_dict, parse_model_name
+from timm.data import resolve_data_config, resolve_input_data_config
+from timm.models import get_model_input_config, parse_model_name
 from torch import nn
 
 import bnfinetune.demo  # noqa: F401  (registers the embedded backbone with timm)
 from bnfinetune.bn.layers import find_bn_layers
+from bnfinetune.bn.statistics.precise import evaluation_mode
 from bnfinetune.errors import BackboneError, CheckpointError, did_you_mean
 from bnfinetune.recipe import Model
 from bnfinetune.training.network.head import fit_head, head_parameters
+from bnfinetune.training.network.weights import load_weights_file
+
+_SETTLED = {  # arguments of timm.create_model that something else decides
+    "num_classes": "the classes of the data decide",
+    "features_only": "a network without a classifier cannot be trained to classify",
+    "pretrained": "model.pretrained decides",
+    "checkpoint_path": "model.checkpoint decides",
+}
 
 
 def build_backbone(section: Model, class_names: Sequence[str]) -> nn.Module:
@@ -31,6 +39,7 @@ def build_backbone(section: Model, class_names: Sequence[str]) -> nn.Module:
         CheckpointError: `model.checkpoint` is missing, unreadable or does not fit.
     """
     _check_name(section.name)
+    _check_kwargs(section)
     try:
         model = _create(section, class_names)
     except (BackboneError, CheckpointError):
@@ -44,8 +53,10 @@ def build_backbone(section: Model, class_names: Sequence[str]) -> nn.Module:
             f"model.name={section.name}: its pretrained weights could not be fetched ({_line(error)}); set "
             "model.pretrained=false, or model.checkpoint=FILE, or model.name=local-dir:FOLDER"
         ) from error
+    if section.kwargs:
+        _check_output(model, section, len(class_names))
     if section.checkpoint is not None:
-        _load_weights(model, Path(section.checkpoint))
+        load_weights_file(model, Path(section.checkpoint))
     if section.grad_checkpointing:
         _checkpoint_gradients(model, section.name)
     if section.channels_last:
@@ -90,43 +101,26 @@ def _is_hub_failure(error: Exception) -> bool:
     )
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
-    """Load a weights file into `model`; a head of another size stays new, anything else missing is an error."""
-    if not path.is_file():
-        raise CheckpointError(f"model.checkpoint: no file {path}")
+def _check_kwargs(section: Model) -> None:
+    for name, reason in _SETTLED.items():
+        if name in section.kwargs:
+            raise BackboneError(f"model.kwargs.{name}: {reason}; leave it out")
+
+
+def _check_output(model: nn.Module, section: Model, classes: int) -> None:
+    """Make sure that what `model.kwargs` changed still gives one score per class."""
+    found: object
     try:
-        if _is_safetensors(path):  # timm goes by the name
-            weights = load_file(str(path))
-        else:
-            weights = load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True)
-    except Exception as error:  # safetensors, pickle and zip each raise their own; all mean an unusable file
-        raise CheckpointError(
-            f"model.checkpoint: {path} is neither safetensors nor a tensors-only pickle ({_line(error)})"
-        ) from error
-    own = model.state_dict()
-    head = head_parameters(model)
-    head_names = {name for name, parameter in model.named_parameters() if id(parameter) in head}
-    for name in head_names & weights.keys():
-        if weights[name].shape != own[name].shape:
-            del weights[name]
-    missing = own.keys() - weights.keys() - head_names
-    wrong = [name for name, value in weights.items() if name in own and value.shape != own[name].shape]
-    for problem, names in (
-        ("lacks", sorted(missing)),
-        ("has another shape of", wrong),
-        ("has unknown", sorted(weights.keys() - own.keys())),
-    ):
-        if names:
-            raise CheckpointError(
-                f"model.checkpoint: {path} {problem} {names[0]} ({len(names)} such): is model.name right?"
-            )
-    model.load_state_dict(weights, strict=False)
-
-
-def _is_safetensors(path: Path) -> bool:
-    """Whether a file is one by its name, or begins as one does: with the length of its header and a JSON mapping."""
-    with path.open("rb") as file:
-        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+        with evaluation_mode(model), torch.no_grad():
+            scores = model(torch.zeros(1, *input_config(model, None)["input_size"]))
+        found = tuple(scores.shape) if isinstance(scores, torch.Tensor) else f"a {type(scores).__name__}"
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        found = _line(error)
+    if found != (1, classes):
+        raise BackboneError(
+            f"model.kwargs={section.kwargs}: with them {section.name} gives no score per class for an image ({found}): "
+            "leave out what changes its output"
+        )
 
 
 def _checkpoint_gradients(model: Any, name: str) -> None:
@@ -137,8 +131,17 @@ def _checkpoint_gradients(model: Any, name: str) -> None:
 
 
 def input_config(model: nn.Module, image_size: int | None) -> dict[str, Any]:
-    """timm's resolved preprocessing of `model`: input_size, mean, std, interpolation, crop_pct, crop_mode."""
-    config: dict[str, Any] = resolve_data_config({}, model=model)
+    """timm's resolved preprocessing of `model`: input_size, mean, std, interpolation, crop_pct, crop_mode.
+
+    The channels are those that the network has; where the known mean and std are of other channels, their averages.
+    """
+    channels = get_model_input_config(model)["input_size"][0]
+    stated = resolve_data_config({}, model=model)
+    spread = {
+        key: stated[key] if len(stated[key]) == channels else (sum(stated[key]) / len(stated[key]),) * channels
+        for key in ("mean", "std")
+    }
+    config: dict[str, Any] = resolve_input_data_config(model, args=spread)
     if image_size is not None:
         config["input_size"] = (config["input_size"][0], image_size, image_size)
     return config

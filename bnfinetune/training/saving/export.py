@@ -40,9 +40,10 @@ def save_export(
         save_tensors(target / WEIGHTS, model.state_dict())
         labels = {"label_names": list(class_names)}
         save_config_for_hf(model, str(target / "config.json"), model_config=labels, data_config=dict(data_config))
-        if norms:
-            config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-            write_json(target / "config.json", {**config, **norms})
+        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+        # it stands beside them too, and transformers would hand both to timm
+        config.get("model_args", {}).pop("num_classes", None)
+        write_json(target / "config.json", {**config, **norms})
         write_text(target / RECIPE, recipe_text)
         write_provenance(target, model, statistics)
 

@@ -29,6 +29,15 @@ def write_provenance(folder: Path, model: nn.Module, source: dict[str, Any]) -> 
     write_json(folder / PROVENANCE, {**source, "weights_sha256": weights_hash(model)})
 
 
+def stated_levels(folder: Path) -> dict[str, tuple[float, float]]:
+    """Which values of 16-bit and float images were 0 and 255 to the network in `folder`; empty where none were met."""
+    try:
+        stated = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["levels"]
+        return {str(kind): (float(black), float(white)) for kind, (black, white) in stated.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
 def check_provenance(folder: Path, model: nn.Module) -> None:
     """Warn if the statistics in `folder` were computed for other weights than those that lie there now."""
     try:

@@ -25,7 +25,13 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def result(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    options = {"data.image_size": 32, "train.epochs": 4, "train.batch_size": 6, "data.workers": 0}
+    options = {
+        "model.name": "bnf_resnet",
+        "data.image_size": 32,
+        "train.epochs": 4,
+        "train.batch_size": 6,
+        "data.workers": 0,
+    }
     return bnf.finetune("freeze_bn", **{"data.source": images, "run.dir": folder, **options})
 
 
@@ -75,6 +81,7 @@ def test_predict_as_json_lines_and_its_errors(result, images, capsys, tmp_path):
 def test_the_launcher_starts_two_ranks_of_which_one_speaks(images, tmp_path):
     options = [
         f"data.source={images}",
+        "model.name=bnf_resnet",
         f"run.dir={tmp_path / 'run'}",
         "data.image_size=32",
         "train.epochs=1",
