@@ -186,6 +186,7 @@ def carry_out(model: nn.Module, plans: Mapping[nn.Module, LayerPlan], undone: It
         LayerError: a layer's own names or its replaced `forward` stand in the way.
         PolicyError: a change of Parameters below a DDP wrapper, or one Parameter that shall learn and not learn.
     """
+    undone = list(undone)
     released = {layer: state for layer in undone if (state := state_of(layer)) is not None}
     meant = list(plans)
     plans = {layer: plan for layer, plan in plans.items() if plan.changes(layer)}
@@ -202,7 +203,7 @@ def carry_out(model: nn.Module, plans: Mapping[nn.Module, LayerPlan], undone: It
         if plan.state.train_stats == "sync" and plan.state.options.ranks.size is not None:
             plan.state.options.group()  # makes node-local groups now, while every rank is here
     for listener in change_listeners:
-        listener(model, [*plans, *released])
+        listener(model, [*plans, *undone])  # layers without a policy too: those that a class freezes can be folded
     for layer, plan in plans.items():
         take_over(layer, plan.state)
         cast(Any, layer).momentum = plan.momentum
