@@ -79,7 +79,8 @@ def read_override(text: str, takes_text: TakesText = _untold) -> tuple[str, Any]
         raise RecipeError(f"{key}= has no value; write {key}=null for none, or {key}='\"\"' for empty text")
     only_text, text_list = takes_text(key)
     stripped = value.strip()
-    as_it_stands = only_text and stripped[0] not in "\"'" and stripped.lower() not in ("null", "~")
+    quoted = len(stripped) > 1 and stripped[0] == stripped[-1] and stripped[0] in "\"'"
+    as_it_stands = only_text and not quoted and stripped.lower() not in ("null", "~")
     if _TEXT.match(value) or (as_it_stands and not (text_list and stripped.startswith("["))):
         return key, plain(stripped if as_it_stands else value, key)
     _check_events(value, key)

@@ -528,3 +528,101 @@ def test_a_dumped_recipe_is_the_same_recipe_again(tmp_path_factory, overrides):
     assert all(
         isinstance(getattr(recipe, name), Section | tuple) for name in type(recipe).model_fields if name != "name"
     )
+
+
+WORDS = [
+    *(
+        "yes",
+        "no",
+        "on",
+        "Off",
+        "true",
+        "010",
+        "12:30",
+        "1e3",
+        "1_000",
+        "2024",
+        "2024-01-01",
+        "0x1F",
+        ".5",
+        "1.",
+        "None",
+    ),
+    *("[2026] photos", "[a]", "my images: v2", "{x", "a #b", "- x", "!x", "%x", "~x", "'a' b"),
+]
+
+
+class TestWordsThatYamlReadsAsSomethingElse:
+    @pytest.mark.parametrize("word", WORDS)
+    @pytest.mark.parametrize("key", ["data.source", "run.dir", "data.config", "data.val_split", "model.checkpoint"])
+    def test_are_text_where_a_key_takes_text(self, key, word, monkeypatch):
+        monkeypatch.setenv("HOME", "/no/home")
+        section, _, leaf = key.partition(".")
+        recipe = load_recipe({}, [f"{key}={word}"])
+        assert getattr(getattr(recipe, section), leaf) == word
+
+    def test_are_what_quotes_hold(self):
+        assert load_recipe({}, ["data.source=' yes '"]).data.source == " yes "
+        assert load_recipe({}, ['run.dir="12:30"']).run.dir == "12:30"
+
+    def test_null_is_none(self):
+        for word in ("null", "~", "NULL"):
+            assert load_recipe({"run": {"dir": "x"}}, [f"run.dir={word}"]).run.dir is None
+
+    def test_are_text_in_a_file(self, write):
+        text = "data: {source: yes, classes: [yes, no, 010, 1e3, null, x], val_split: 12:30}\nrun: {dir: 2024}"
+        recipe = load_recipe(write("words.yaml", text))
+        assert (recipe.data.source, recipe.data.val_split, recipe.run.dir) == ("yes", "12:30", "2024")
+        assert recipe.data.classes == ("yes", "no", "010", "1e3", "null", "x")
+        assert load_recipe(write("again.yaml", dump_recipe(recipe))) == recipe
+
+    @pytest.mark.parametrize("words", ["yes,no,maybe", "1,2,10", "None, NA ,nan", "on, 'off', \"~\"", "1e3,true,null"])
+    def test_are_class_names(self, words):
+        expected = tuple(word.strip(" '\"") for word in words.split(","))
+        assert load_recipe({}, [f"data.classes=[{words}]"]).data.classes == expected
+
+    def test_numbers_stay_numbers_where_a_key_takes_them(self):
+        recipe = load_recipe({}, ["data.classes=3", "optim.lr=1e-3", "train.steps=7", "model.kwargs={drop_rate: 0.1}"])
+        assert (recipe.data.classes, recipe.optim.lr, recipe.train.steps) == (3, 1e-3, 7)
+        assert recipe.model.kwargs == {"drop_rate": 0.1}
+        assert load_recipe({}, ["train.mixed_precision=no", "bn.fold=off"]).bn.fold == "off"
+
+    def test_globs_are_lists_or_text(self):
+        assert load_recipe({}, ["bn.layers=[layer1*, layer2*]"]).bn.layers == ("layer1*", "layer2*")
+        assert load_recipe({}, ["bn.layers=1"]).bn.layers == "1"
+
+
+class TestTheNetworkForTheData:
+    @pytest.mark.parametrize("source", ["demo", "demo-characters", "demo-domains"])
+    def test_the_demo_has_its_own(self, source):
+        assert load_recipe({}, [f"data.source={source}"]).model.name == "bnf_resnet"
+
+    @pytest.mark.parametrize("source", ["photos", "~/photos", "x.parquet", "user/flowers"])
+    def test_photos_get_one_of_their_size(self, source):
+        for recipe in (load_recipe("full", [f"data.source={source}"]), Recipe(data={"source": source})):
+            assert recipe.model.name == "resnet50.a1_in1k"
+        assert load_recipe(load_recipe("full", [f"data.source={source}"])).model.name == "resnet50.a1_in1k"
+
+    def test_a_name_that_is_given_stands(self, write):
+        words = ["data.source=photos", "model.name=bnf_resnet"]
+        assert load_recipe("full", words).model.name == "bnf_resnet"
+        assert load_recipe(write("mine.yaml", "model: {name: resnet18}"), words[:1]).model.name == "resnet18"
+        kept = load_recipe("linear_probe", words[:1]).model
+        assert (kept.name, kept.trainable) == ("resnet50.a1_in1k", "head")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "found"),
+    [
+        *((key, "~/a b", "/home/me/a b") for key in ("data.source", "model.checkpoint", "run.dir", "train.resume")),
+        ("train.cache_dir", "~", "/home/me"),
+        ("model.name", "local-dir:~/nets/best", "local-dir:/home/me/nets/best"),
+        ("data.source", "a~b", "a~b"),
+        ("model.name", "resnet18", "resnet18"),
+    ],
+)
+def test_every_path_may_begin_at_home(key, value, found, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    section, _, leaf = key.partition(".")
+    for recipe in (load_recipe({}, {key: value}), *([load_recipe({}, [f"{key}={value}"])] if value != "~" else [])):
+        assert getattr(getattr(recipe, section), leaf) == found

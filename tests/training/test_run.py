@@ -29,6 +29,7 @@ def images(tmp_path_factory):
 
 def settings(images, folder, **more):
     return {
+        "model.name": "bnf_resnet",
         "data.source": str(images),
         "data.image_size": 32,
         "data.workers": 0,

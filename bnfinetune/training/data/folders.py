@@ -19,7 +19,7 @@ from bnfinetune.recipe import Data
 from bnfinetune.training.data.hints import listed
 from bnfinetune.training.data.labels import one_spelling
 from bnfinetune.training.data.split_names import split_role, split_word
-from bnfinetune.training.data.walking import PassedOver, folders_in, has_image, images_below, printable
+from bnfinetune.training.data.walking import PassedOver, folders_in, has_image, identity, images_below, printable
 
 IMAGE, LABEL = "image", "label"
 FEATURES: Final = datasets.Features({IMAGE: datasets.Image(decode=False), LABEL: datasets.Value("string")})
@@ -154,9 +154,10 @@ def _as_classes(folders: Iterable[Path]) -> str:
 def _read_split(root: Path, folders: Sequence[Path]) -> datasets.Dataset:
     paths: list[str] = []
     classes: list[str] = []
+    above = frozenset({identity(root), identity(root.parent)})  # where a link out of a class folder must not lead
     for folder in folders:
         passed = PassedOver()
-        images = [str(path) for path in images_below(folder, passed)]
+        images = [str(path) for path in images_below(folder, passed, above)]
         if not images:
             but = f" that can be read, but {passed}" if str(passed) else ""
             raise DataError(f"the class folder {printable(folder)} holds no image{but}: add one or remove the folder")

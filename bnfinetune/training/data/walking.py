@@ -44,8 +44,7 @@ def images_below(
     Raises:
         DataError: A folder cannot be read.
     """
-    status = folder.stat()
-    here = above | {(status.st_dev, status.st_ino)}
+    here = above | {identity(folder)}
     if len(here) == len(above):
         return
     for entry in entries(folder, passed):
@@ -55,6 +54,12 @@ def images_below(
             yield Path(entry.path)
         elif passed is not None:
             passed.add(entry)
+
+
+def identity(folder: Path) -> tuple[int, int]:
+    """What tells a folder from others under whatever names links give it."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def has_image(folder: Path) -> bool:

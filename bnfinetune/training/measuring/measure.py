@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -121,8 +122,8 @@ def evaluate_checkpoint(checkpoint: str, overrides: Sequence[str] = ()) -> dict[
     model = load_exported(folder).to(accelerator.device)
     splits = open_data(model, folder, recipe, overrides)
     shown = {"validation": splits.measured_as}
-    if splits.names["train"] not in (splits.names["val"], splits.names.get("test")):
-        note(f"the split {splits.names['train']!r} is not measured; data.val_split={splits.names['train']} measures it")
+    if "data.source" in override_keys(overrides):
+        _note_what_is_measured(splits, checkpoint_recipe(checkpoint)[1].data.source)
     loaders = recipe_loaders(recipe, splits, input_config(model, None), accelerator)
     with closing(loaders):
         return {
@@ -131,6 +132,15 @@ def evaluate_checkpoint(checkpoint: str, overrides: Sequence[str] = ()) -> dict[
             )
             for name, loader in loaders.measured.items()
         }
+
+
+def _note_what_is_measured(splits: ImageSplits, trained_on: str) -> None:
+    """Say that a set is measured in part, or that it holds the images that the network was trained on."""
+    train = splits.names["train"]
+    if train not in (splits.names["val"], splits.names.get("test")):
+        note(f"the split {train!r} is not measured; data.val_split={train} measures it")
+    elif os.path.abspath(splits.source) == os.path.abspath(trained_on):
+        note(f"{splits.source} is what the network was trained on; without data.source its held-out part is measured")
 
 
 def adapted(model: nn.Module, recipe: Recipe, target: ImageLoader) -> nn.Module:

@@ -1,5 +1,6 @@
 import io
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -9,8 +10,10 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms
 
 from bnfinetune.errors import DataError
+from bnfinetune.recipe import Data
+from bnfinetune.training.data import images, load_splits
 from bnfinetune.training.data.images import open_image, to_rgb
-from tests.training.data.conftest import picture, png
+from tests.training.data.conftest import picture, png, write_folder
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -243,3 +246,64 @@ def test_smaller_jpegs_still_turn_upright_and_others_stay_whole():
     assert (pixels(open_image(grey_jpeg, "in row 3", 1_000_000, 40)) == 70).all()
     with pytest.raises(DataError, match="max_pixels"):
         open_image(turned, "in row 3", 10_000, 40)
+
+
+@pytest.fixture
+def without_plugins(monkeypatch):
+    """As where neither HEIC nor AVIF can be decoded."""
+    for kind in ("HEIF", "AVIF"):
+        monkeypatch.delitem(Image.OPEN, kind, raising=False)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setitem(sys.modules, "pillow_avif", None)
+    images._formats.cache_clear()
+    images.image_endings.cache_clear()
+    yield
+    monkeypatch.undo()
+    images._formats.cache_clear()
+    images.image_endings.cache_clear()
+
+
+HEADS = {"heic": b"heic", "HEIC": b"heix", "heif": b"mif1", "avif": b"avif"}
+
+
+@pytest.mark.parametrize("ending", HEADS)
+def test_a_format_without_decoder_is_named_with_the_remedy(ending, without_plugins):
+    content = b"\0\0\0\x1cftyp" + HEADS[ending] + bytes(400)
+    remedy = r"pillow>=11\.3" if ending == "avif" else "pip install pillow-heif"
+    with pytest.raises(DataError, match=rf"Pillow cannot decode here: .*{remedy}"):
+        read({"bytes": content, "path": None})
+
+
+@pytest.mark.parametrize("ending", HEADS)
+def test_files_without_decoder_are_counted_with_the_remedy(ending, without_plugins, tmp_path, caplog):
+    root = write_folder(tmp_path, {"a": 5, "b": 5})
+    for number in range(7):
+        (root / "b" / f"IMG_{number}.{ending}").write_bytes(b"\0\0\0\x1cftyp" + HEADS[ending] + bytes(400))
+    splits = load_splits(Data(source=str(root)), 1)
+    assert len(splits.train) + len(splits.val) == 10
+    assert f"7 .{ending.lower()} (to read these: pip install" in caplog.text
+    for file in (root / "b").glob("*.png"):
+        file.unlink()
+    with pytest.raises(
+        DataError, match=rf"the class folder .*/b holds no image that can be read, but 7 .{ending.lower()}"
+    ):
+        load_splits(Data(source=str(root)), 1)
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
+def test_a_plugin_decodes(kind, tmp_path):
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif", reason="HEIC needs the extra heif")
+    assert f".{kind.lower()}" in images.image_endings()
+    flat = Image.new("RGB", (32, 32), (200, 30, 40))
+    found = pixels(read(saved(flat, kind), 10_000))
+    assert np.abs(found.astype(int) - [200, 30, 40]).max() < 12
+
+
+@pytest.mark.parametrize("size", [16, 32, 48, 64])
+def test_icons_are_icons(size):
+    icon = Image.new("RGBA", (size, size), (200, 30, 40, 255))  # of three channels, Pillow writes a wrong mask
+    for options in ({"bitmap_format": "bmp"}, {}):
+        found = pixels(read(saved(icon, "ICO", sizes=[(size, size)], **options)))
+        assert found.shape == (size, size, 3)
+        assert np.abs(found.astype(int) - [200, 30, 40]).max() <= 1

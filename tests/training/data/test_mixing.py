@@ -71,3 +71,18 @@ def test_global_generator_is_left_alone():
     np.random.seed(5)
     build_mixup(Augment(mixup=0.4), 5, 0.0, seed=3)(*batch(4), 0, 0)
     assert np.array_equal(np.random.rand(3), expected)
+
+
+@pytest.mark.parametrize("augment", [Augment(mixup=0.4), Augment(cutmix=1.0), Augment(mixup=0.4, cutmix=1.0)])
+@pytest.mark.parametrize("layout", [[0, 1, 0, 1, 0, 1, 1], [0, 0, 0], [2, 0, 1, 2]])
+def test_domains_are_mixed_among_themselves(augment, layout):
+    domains = torch.tensor(layout)
+    mixup = build_mixup(augment, 5, 0.0, seed=3)
+    images, labels = batch(len(layout))
+    of_domain = torch.nn.functional.one_hot(domains, 3).float()[:, :, None, None].expand(-1, -1, 8, 8).clone()
+    mixed, _ = mixup(of_domain.clone(), labels, 2, 9, domains)
+    assert torch.allclose(mixed, of_domain, atol=1e-6)  # every pixel is still of its own domain
+    constant = torch.nn.functional.one_hot(labels, 5).float()[:, :, None, None].expand(-1, -1, 8, 8).clone()
+    shares, targets = mixup(constant, labels, 2, 9, domains)
+    assert torch.allclose(shares.mean((2, 3)), targets, atol=1e-6)
+    assert not torch.equal(mixup(images.clone(), labels, 2, 9, domains)[0], images)
