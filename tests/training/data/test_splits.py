@@ -239,3 +239,16 @@ def test_demo_has_its_own_splits():
     splits = load("demo")
     assert [len(part) for part in (splits.train, splits.val, splits.test)] == [200, 397, 1200]
     assert splits.class_names == tuple("0123456789")
+
+
+@pytest.mark.parametrize("name", ["set [1]", "x (2) #3", "a*b?", "{1,2}"])
+def test_brackets_in_the_names_of_parquet_files_and_folders(tmp_path, name):
+    rows = table(10, ["a", "b"] * 5, TEXT)
+    rows.to_parquet(tmp_path / "plain.parquet")
+    shutil.copy(tmp_path / "plain.parquet", tmp_path / f"{name}.parquet")
+    (tmp_path / name).mkdir()
+    shutil.copy(tmp_path / "plain.parquet", tmp_path / name / "train.parquet")
+    rows.save_to_disk(tmp_path / f"{name} on disk")
+    for source in (f"{name}.parquet", name, f"{name}/*.parquet", f"{name} on disk"):
+        splits = load(tmp_path / source)
+        assert (len(splits.train) + len(splits.val), splits.class_names) == (10, ("a", "b"))
