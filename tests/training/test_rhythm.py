@@ -1,11 +1,6 @@
 """When runs without epochs pause, what they say of themselves, and where they write."""
 
 import json
-import multiprocessing
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -65,40 +60,6 @@ def test_a_tilde_is_the_home_folder(key, monkeypatch):
     recipe = load_recipe("full", [f"{key}=~/x y"])
     assert getattr(getattr(recipe, section), name) == "/home/somebody/x y"
     assert load_recipe("full", ["train.resume=auto"]).train.resume == "auto"
-
-
-SCRIPT = """
-import multiprocessing, pathlib, sys, torch
-from bnfinetune.training.data import loaders
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method(sys.argv[1])
-    import bnfinetune as bnf
-    from tests.training.loop.test_guard import settings
-    begin = torch.utils.data.DataLoader._get_iterator
-    started = []
-    def counted(self):
-        started.append(1)
-        return begin(self)
-    torch.utils.data.DataLoader._get_iterator = counted
-    bnf.finetune("full", **settings(sys.argv[2], sys.argv[3], **{
-        "data.workers": 1, "train.epochs": 4, "recalibrate.at": ["eval"],
-    }))
-    print("started", len(started))
-"""
-
-
-@pytest.mark.slow  # every process imports torch and timm anew
-@pytest.mark.parametrize("method", [m for m in ("forkserver", "spawn") if m in multiprocessing.get_all_start_methods()])
-def test_processes_that_start_slowly_start_once(method, images, tmp_path):
-    """One for each loader that is used, however many passes are made: training, validation, statistics."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    words = [sys.executable, str(script), method, str(images), str(tmp_path / "run")]
-    done = subprocess.run(words, capture_output=True, text=True, env=env, check=False, timeout=250)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "started 3"
 
 
 @pytest.mark.parametrize(("method", "lasting"), [("fork", {"train", "val"}), ("spawn", None), ("forkserver", None)])
