@@ -11,7 +11,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 from bnfinetune.cli_verbs import VERBS, Arguments, verb
@@ -41,7 +41,7 @@ def train(arguments: Arguments) -> None:
 
     name = arguments.need("recipe", f"write recipe=NAME ({', '.join(shipped_recipes())}) or recipe=FILE.yaml")
     recipe = load_recipe(name, arguments.overrides)
-    check_source(recipe.data.source)
+    _answer_at_once(check_source, recipe.data.source)
 
     from bnfinetune.training.launch import leave_ranks
     from bnfinetune.training.run import train as run_recipe
@@ -73,7 +73,7 @@ def evaluate(arguments: Arguments) -> None:
     overrides = (
         [*arguments.overrides, f"evaluate.adapt={adapt}"] if "adapt" in arguments.options else arguments.overrides
     )
-    check_path(load_recipe({}, overrides).data.source)
+    _answer_at_once(check_path, load_recipe({}, overrides).data.source)
 
     from bnfinetune.training.launch import leave_ranks
     from bnfinetune.training.measuring.measure import evaluate_checkpoint
@@ -147,7 +147,7 @@ def check(arguments: Arguments) -> None:
     form = arguments.choose("format", "table", "lines", "json")
     steps = _whole(arguments, "steps", default=3, least=0)
     recipe = load_recipe(name, arguments.overrides)
-    check_source(recipe.data.source)
+    _answer_at_once(check_source, recipe.data.source)
 
     from bnfinetune.diagnose.finding import render
     from bnfinetune.training.checkup import check_recipe
@@ -182,7 +182,7 @@ def inspect(arguments: Arguments) -> None:
     checkpoint = _checkpoint(arguments)
     form = arguments.choose("format", "table", "json")
     images = _whole(arguments, "images", default=256, least=2)
-    check_path(load_recipe({}, arguments.overrides).data.source)
+    _answer_at_once(check_path, load_recipe({}, arguments.overrides).data.source)
 
     from bnfinetune.training.checkup import inspect_checkpoint
 
@@ -207,7 +207,7 @@ def recalibrate(arguments: Arguments) -> None:
 
     checkpoint = _checkpoint(arguments)
     out = arguments.need("out", "write out=FOLDER, a folder that does not exist yet")
-    check_path(load_recipe({}, arguments.overrides).data.source)
+    _answer_at_once(check_path, load_recipe({}, arguments.overrides).data.source)
 
     from bnfinetune.training.launch import leave_ranks
     from bnfinetune.training.measuring.recalibrate import recalibrate_checkpoint
@@ -269,6 +269,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     return 0
+
+
+def _answer_at_once(check: Callable[[str], None], source: str) -> None:
+    """Checks a source before torch is imported; several processes tell each other of it once they have met."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        check(source)
 
 
 def _whole(arguments: Arguments, option: str, *, default: int, least: int) -> int:
