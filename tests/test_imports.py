@@ -10,7 +10,7 @@ PACKAGE = Path(bnfinetune.__file__).parent
 
 # From the lowest up. A module may import from its own row and from those above it in this list.
 ROOMS = (
-    "errors",
+    "errors notes source_paths",
     "bn.class_change bn.class_probe bn.functional bn.layers bn.population bn.saved_report",
     "bn.policy",
     "bn.statistics bn.folding",
