@@ -99,11 +99,11 @@ def _train(recipe: Recipe, accelerator: Accelerator, lock: RunLock, say: Lines) 
         for line in (*folder.notes, *launcher_notes(recipe), *headline(setup), *checked(findings)):
             say(line)
         on_main(accelerator, lambda: folder.create(dump_recipe(recipe), environment(accelerator), lock))
-        say.write_to(folder.path / LOG)
         start_trackers(accelerator, recipe, folder.path)
 
         measurer = Measurer(recipe, accelerator, trainer.loaders, trainer.evaluated, trainer.num_classes)
         record = begin(setup, folder, measurer, say)
+        say.write_to(folder.path / LOG)  # not before: a state that is refused leaves its run as it was
         with (
             features_or_images(trainer, record.statistics["fingerprint"], say) as (images, validation),
             shown_progress(recipe, trainer.updates, trainer.progress.update, say) as show,
