@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 from bnfinetune.cli_verbs import VERBS, Arguments, verb
-from bnfinetune.errors import BnFinetuneError, CheckpointError, RecipeError, did_you_mean
-from bnfinetune.source_paths import check_path, check_source
+from bnfinetune.errors import BnFinetuneError, RecipeError, did_you_mean, error_line
+from bnfinetune.source_paths import check_checkpoint, check_path, check_source
 
 if TYPE_CHECKING:
     from bnfinetune.diagnose.finding import Format
@@ -271,10 +271,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _answer_at_once(check: Callable[[str], None], source: str) -> None:
-    """Checks a source before torch is imported; several processes tell each other of it once they have met."""
+def _answer_at_once(check: Callable[[str], None], path: str) -> None:
+    """Checks a path before torch is imported; several processes tell each other of it once they have met."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        check(source)
+        check(path)
 
 
 def _whole(arguments: Arguments, option: str, *, default: int, least: int) -> int:
@@ -334,11 +334,7 @@ def _not_a_verb(word: str) -> str:
 
 def _checkpoint(arguments: Arguments) -> str:
     checkpoint = arguments.need("checkpoint", "write checkpoint=RUN or checkpoint=RUN/best")
-    if os.path.isfile(checkpoint):
-        folder = os.path.dirname(checkpoint) or "."
-        raise CheckpointError(f"checkpoint: {checkpoint} is a file; name the folder it lies in: checkpoint={folder}")
-    if not os.path.isdir(checkpoint):
-        raise CheckpointError(f"checkpoint: there is no folder {checkpoint}")
+    _answer_at_once(check_checkpoint, checkpoint)
     return checkpoint
 
 
@@ -350,12 +346,12 @@ def _rank() -> int:
 def _complain(error: BnFinetuneError) -> None:
     """Print one line: on the rank of the error, and if that is on another machine, on the first rank of this one."""
     rank = _rank()
+    if error.told:
+        return
     if rank and (isinstance(error, RecipeError) or "torch.distributed" not in sys.modules):
         return
     if error.rank is not None and error.rank != rank:
         if os.environ.get("LOCAL_RANK") != "0":
             return
         rank = error.rank
-    line = " ".join(str(error).splitlines())
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
-    print(f"bnfinetune: error: {f'[rank {rank}] ' if rank or _rank() else ''}{shown}", file=sys.stderr)
+    print(error_line(str(error), rank if rank or _rank() else None), file=sys.stderr)

@@ -12,9 +12,11 @@ class BnFinetuneError(ValueError):
 
     Attributes:
         rank: The process that it happened in, where another one raises it too.
+        told: Whether stderr has it already.
     """
 
     rank: int | None = None
+    told: bool = False
 
 
 class RecipeError(BnFinetuneError):
@@ -55,6 +57,13 @@ class CheckpointError(BnFinetuneError, OSError):
 
 class TrainingError(BnFinetuneError, RuntimeError):
     """Training that cannot go on, such as a loss that is not finite."""
+
+
+def error_line(text: str, rank: int | None = None) -> str:
+    """How an error is told on stderr: one printable line, with the process that it happened in."""
+    line = " ".join(text.splitlines())
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
+    return f"bnfinetune: error: {'' if rank is None else f'[rank {rank}] '}{shown}"
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Whether `data.source` is a path that is missing: told from names and folders alone, before anything is loaded."""
+"""Whether `data.source` or a checkpoint is a path that is missing: told from names alone, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from bnfinetune.errors import DataError, nearest
+from bnfinetune.errors import CheckpointError, DataError, nearest
 
 DEMOS: Final = ("demo", "demo-characters", "demo-domains")
 FILE_ENDINGS: Final = (".parquet", ".tar")
@@ -41,6 +41,15 @@ def check_path(source: str) -> None:
     beside_others = path.parent != Path() and path.parent.is_dir()
     if _may_be_missing(source) and (outside or beside_others):
         raise DataError(f"data.source: there is no folder or file {_printable(source)}{_hint(path)}")
+
+
+def check_checkpoint(checkpoint: str) -> None:
+    """Raise a `CheckpointError` if a checkpoint is no folder."""
+    if os.path.isfile(checkpoint):
+        folder = os.path.dirname(checkpoint) or "."
+        raise CheckpointError(f"checkpoint: {checkpoint} is a file; name the folder it lies in: checkpoint={folder}")
+    if not os.path.isdir(checkpoint):
+        raise CheckpointError(f"checkpoint: there is no folder {checkpoint}")
 
 
 def _may_be_missing(source: str) -> bool:

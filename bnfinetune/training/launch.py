@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
@@ -27,7 +26,7 @@ from accelerate.utils import (
     set_seed,
 )
 
-from bnfinetune.errors import BnFinetuneError, RecipeError, TrainingError, did_you_mean
+from bnfinetune.errors import BnFinetuneError, RecipeError, did_you_mean
 from bnfinetune.recipe import Recipe, Run
 
 _REFUSED = {
@@ -40,10 +39,6 @@ _ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 _EXTRAS = ("tensorboard", "wandb", "mlflow")  # of our own package
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 TIMEOUT_MINUTES = 10.0  # torch's own for NCCL; for gloo it would be 30
-_LOST = re.compile(
-    r"Connection (closed|reset) by peer|Connection refused|Broken pipe|"
-    r"Timed out waiting|timed out after|Application timeout|Socket Timeout"
-)
 _LAUNCHERS = "start several processes by torchrun or accelerate launch"
 T = TypeVar("T")
 
@@ -214,32 +209,12 @@ def on_all(accelerator: Accelerator, action: Callable[[], T]) -> T:
         result = action()
     except BnFinetuneError as error:
         failure = error
-    failures: list[str | None] = gather_object([None if failure is None else str(failure)])
-    if failure is not None:
-        raise failure
-    for rank, text in enumerate(failures):
-        if text is not None:
-            raise TrainingError(f"process {rank} of {len(failures)} cannot go on: {text}")
+        failure.rank = accelerator.process_index
+    failures: list[BnFinetuneError | None] = gather_object([failure])
+    first = failure or next(filter(None, failures), None)
+    if first is not None:
+        raise first
     return result  # type: ignore[return-value]
-
-
-@contextmanager
-def lost_ranks(minutes: float) -> Iterator[None]:
-    """Say of a collective that fails because another rank is gone or hangs where the first error is to be found.
-
-    Raises:
-        TrainingError: Another rank was lost.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        if alone or isinstance(error, BnFinetuneError) or not _LOST.search(str(error)):
-            raise
-        raise TrainingError(
-            f"another process has ended, or gave no answer for train.timeout_minutes={minutes:g}: what it said is the "
-            "cause; the last saved state is whole"
-        ) from error
 
 
 def leave_ranks() -> None:

@@ -16,11 +16,11 @@ from bnfinetune.recipe_files import dump_recipe, load_recipe
 from bnfinetune.training.assembly import assemble, judge
 from bnfinetune.training.beginning import begin
 from bnfinetune.training.ending import measure_best
+from bnfinetune.training.failures import SharedFailures
 from bnfinetune.training.launch import (
     as_it_was,
     check_trackers,
     launcher_notes,
-    lost_ranks,
     on_main,
     seed_ranks,
     start_accelerator,
@@ -83,7 +83,7 @@ def train(recipe: Recipe) -> RunResult:
         as_it_was(),
         RunLock() as lock,
         closing(Lines(speaks=accelerator.is_main_process)) as say,
-        lost_ranks(minutes),
+        SharedFailures(minutes),
         enough_memory(accelerator.device, setting, "lower them"),
     ):
         return _train(recipe, accelerator, lock, say)

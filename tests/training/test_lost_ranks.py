@@ -11,6 +11,7 @@ import pytest
 
 from bnfinetune.cli import main
 from bnfinetune.errors import DataError
+from bnfinetune.training import failures
 from bnfinetune.training.loop.trainer import Trainer
 from tests.training.support import write_images
 
@@ -54,18 +55,58 @@ LOST = "bnfinetune: error: another process has ended, or gave no answer for trai
     [
         ("fails", [2, 2], "bnfinetune: error: [rank 1] cannot read the image 7.png"),
         pytest.param("breaks", [2, 1], "ZeroDivisionError: a mistake of ours", marks=pytest.mark.slow),
-        pytest.param("is killed", [2, -9], "", marks=pytest.mark.slow),
-        pytest.param("hangs", [2, -9], "", marks=pytest.mark.slow),  # idle for the timeout
+        pytest.param("is killed", [2, -9], LOST, marks=pytest.mark.slow),
+        pytest.param("hangs", [2, -9], LOST, marks=pytest.mark.slow),  # idle for the timeout
     ],
 )
 def test_all_ranks_end_and_the_state_before_is_whole(how, codes, said, nursery, images, tmp_path):
     words = [*WORDS, f"data.source={images}", f"run.dir={tmp_path / 'run'}", "train.timeout_minutes=0.2"]
     found = nursery.run(command, words, how, ranks=2, kill_others=how == "hangs")
     assert found == codes, nursery.said()
-    assert LOST in nursery.said()
-    assert said in nursery.said()
+    assert nursery.said().count(said) == 1  # on the stderr that both share
     saved = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert saved == ["update-00000001", "update-00000002"]
+
+
+def apart(words, folder, failing, error, deaf):
+    """Every rank has a stderr of its own; one fails in an update, and one hears of it by its main thread too late."""
+    rank, update = int(os.environ["RANK"]), Trainer._update
+    os.dup2(os.open(folder / f"{rank}.txt", os.O_CREAT | os.O_WRONLY), 2)
+
+    def failing_update(self, group):
+        if self.progress.update == 2:
+            if rank == failing:
+                raise error
+            if rank == deaf:
+                time.sleep(2 * failures._STAY)
+        update(self, group)
+
+    Trainer._update = failing_update
+    sys.exit(main(words))
+
+
+@pytest.mark.parametrize(
+    ("failing", "error", "line", "ranks", "deaf"),
+    [
+        (0, DataError("no image 7.png"), "no image 7.png", 2, None),
+        pytest.param(0, DataError("no image 7.png"), "no image 7.png", 3, 2, marks=pytest.mark.slow),
+        pytest.param(1, ZeroDivisionError("ours"), "ZeroDivisionError: ours", 2, None, marks=pytest.mark.slow),
+    ],
+    ids=["fails", "fails beside a deaf one", "breaks"],
+)
+def test_every_rank_says_once_which_failed_and_why(failing, error, line, ranks, deaf, nursery, images, tmp_path):
+    words = [*WORDS, f"data.source={images}", f"run.dir={tmp_path / 'run'}"]
+    codes = nursery.run(apart, words, tmp_path, failing, error, deaf, ranks=ranks, kill_others=False)
+    for rank in range(ranks):
+        said = (tmp_path / f"{rank}.txt").read_text()
+        if rank != failing:
+            assert codes[rank] == 2
+            assert "Traceback" not in said
+            assert [each for each in said.splitlines() if "bnfinetune" in each] == [
+                f"bnfinetune: error: [rank {failing}] {line}"
+            ]
+        elif isinstance(error, DataError):
+            assert [each for each in said.splitlines() if "bnfinetune" in each] == [f"bnfinetune: error: {line}"]
 
 
 @pytest.mark.slow

@@ -106,8 +106,7 @@ def test_images_that_are_not_on_every_machine_are_told_before_training(fault, nu
     assert codes == [2, 2], nursery.said()
     said = [line for line in nursery.said().splitlines() if line.startswith("bnfinetune: error:")]
     if fault == "missing":
-        assert sum(line.startswith("bnfinetune: error: [rank 1] data.source") for line in said) == 1
-        assert sum("process 1 of 2 cannot go on: data.source" in line for line in said) == 1
+        assert all(line.startswith("bnfinetune: error: [rank 1] data.source") for line in said)
     else:
         assert all("process 1 finds other images in images than process 0" in line for line in said)
     assert len(said) == 2
