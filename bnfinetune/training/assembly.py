@@ -6,17 +6,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import nn
 
 from bnfinetune.diagnose.finding import Findings, render
 from bnfinetune.diagnose.set_up import check_set_up
-from bnfinetune.errors import DataError, PolicyError
+from bnfinetune.errors import PolicyError
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import dump_recipe
-from bnfinetune.training.data.from_recipe import recipe_loaders
-from bnfinetune.training.data.splits import ImageSplits, load_splits
-from bnfinetune.training.launch import on_all, on_main, seed_ranks
+from bnfinetune.training.data.from_recipe import recipe_loaders, recipe_splits
+from bnfinetune.training.data.splits import ImageSplits
+from bnfinetune.training.launch import on_main, seed_ranks
 from bnfinetune.training.loop.trainer import Trainer
 from bnfinetune.training.network.backbone import build_backbone, input_config, restrict_training
 from bnfinetune.training.network.norms import convert_recipe_norms, norm_config
@@ -60,8 +59,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator, say: Callable[[str], None
     Raises:
         BnFinetuneError: Its network or data cannot be used.
     """
-    splits = on_all(accelerator, lambda: load_splits(recipe.data, recipe.run.seed))
-    _check_same_data(accelerator, splits, recipe)
+    splits = recipe_splits(recipe, accelerator)
     seed_ranks(recipe.run)
     model = on_main(accelerator, lambda: build_backbone(recipe.model, splits.class_names))
     seed_ranks(recipe.run)  # only the first rank has drawn
@@ -74,21 +72,6 @@ def assemble(recipe: Recipe, accelerator: Accelerator, say: Callable[[str], None
     dropped = loaders.train.drop_remainder(least)
     trainer = Trainer(recipe, accelerator, model, loaders, len(splits.class_names))
     return Assembly(trainer, splits, data_config, dropped)
-
-
-def _check_same_data(accelerator: Accelerator, splits: ImageSplits, recipe: Recipe) -> None:
-    """Every machine reads the images from its own disk: they must be the same ones.
-
-    Raises:
-        DataError: They are not.
-    """
-    found = gather_object([splits.fingerprint()]) if accelerator.num_processes > 1 else []
-    other = next((rank for rank, each in enumerate(found) if each != found[0]), None)
-    if other is not None:
-        raise DataError(
-            f"data.source: process {other} finds other images in {recipe.data.source} than process 0: bring the same "
-            "files to every machine, or name a folder that all of them share"
-        )
 
 
 def judge(trainer: Trainer) -> Findings:

@@ -25,7 +25,7 @@ from bnfinetune.training.assembly import assemble
 from bnfinetune.training.data.from_recipe import recipe_loaders
 from bnfinetune.training.launch import start_accelerator
 from bnfinetune.training.loop.trainer import Trainer
-from bnfinetune.training.measuring.measure import checkpoint_recipe, load_exported, open_data
+from bnfinetune.training.measuring.measure import Exported
 from bnfinetune.training.measuring.recalibrate import recalibrate
 from bnfinetune.training.network.backbone import input_config
 
@@ -124,10 +124,9 @@ def inspect_checkpoint(
         CheckpointError: the folder holds no network.
         DataError: the data cannot be used.
     """
-    folder, recipe = checkpoint_recipe(checkpoint, overrides)
-    accelerator = start_accelerator(recipe.train.mixed_precision)
-    model = load_exported(folder).to(accelerator.device)
-    splits = open_data(model, folder, recipe, overrides, any_classes=True)
+    exported = Exported.open(checkpoint, overrides)
+    accelerator, folder, recipe, model, _ = exported
+    splits = exported.splits(overrides, any_classes=True)
     loaders = recipe_loaders(recipe, splits, input_config(model, recipe.data.image_size), accelerator)
     known = tuple(model.pretrained_cfg.get("label_names") or ()) == tuple(splits.class_names)
     try:

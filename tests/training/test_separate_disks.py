@@ -9,6 +9,7 @@ import torch
 
 import bnfinetune as bnf
 from bnfinetune.cli import main
+from bnfinetune.training.measuring.measure import evaluate_checkpoint
 from tests.training.loop.test_guard import settings
 from tests.training.probe.test_features import PLAIN
 from tests.training.support import write_images, write_weights
@@ -120,5 +121,39 @@ def test_an_error_of_the_first_rank_is_told_once_on_every_machine(nursery, image
     assert nursery.run(command, words, tmp_path, ranks=2, kill_others=False) == [2, 2], nursery.said()
     said = [line for line in nursery.said().splitlines() if "nowhere.safetensors" in line]
     assert sorted(line.partition("model.")[0] for line in said) == [
+        "bnfinetune: error: ", "bnfinetune: error: [rank 0] ",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def run_of_the_first(nursery, images, tmp_path):
+    """A finished run that the first rank's disk alone holds, beside images that lie on both."""
+    for rank in "01":
+        shutil.copytree(images, tmp_path / rank / "images")
+    assert nursery.run(command, [*WORDS, "train.epochs=1"], tmp_path, ranks=2) == [0, 0], nursery.said()
+    return tmp_path / "0/run"
+
+
+def test_verbs_on_checkpoints_need_the_disk_of_the_first_rank_alone(run_of_the_first, nursery, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path / "0")
+    alone = evaluate_checkpoint("run")["validation"]
+    words = ["evaluate", "checkpoint=run", "data.source=images", "format=json"]
+    assert nursery.run(command, words, tmp_path, ranks=2) == [0, 0], nursery.said()
+    said = nursery.said()
+    found = json.loads(said[said.index("{") : said.rindex("}") + 1])["validation"]
+    assert found["images"] == alone.images
+    assert found["loss"] == pytest.approx(alone.loss, rel=1e-6)
+    words = ["recalibrate", "checkpoint=run", "out=new"]
+    assert nursery.run(command, words, tmp_path, ranks=2) == [0, 0], nursery.said()
+    assert (tmp_path / "0/new/model.safetensors").is_file()
+    assert [path.name for path in (tmp_path / "1").iterdir()] == ["images"]
+
+
+@pytest.mark.parametrize("words", [["evaluate"], ["recalibrate", "out=new"]], ids=["evaluate", "recalibrate"])
+def test_a_checkpoint_that_the_first_rank_lacks_is_told_once_on_every_machine(words, nursery, tmp_path):
+    (tmp_path / "1/run").mkdir(parents=True)
+    assert nursery.run(command, [*words, "checkpoint=run"], tmp_path, ranks=2, kill_others=False) == [2, 2]
+    said = [line for line in nursery.said().splitlines() if "there is no folder run" in line]
+    assert sorted(line.partition("checkpoint:")[0] for line in said) == [
         "bnfinetune: error: ", "bnfinetune: error: [rank 0] ",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The loaders of a recipe for one rank."""
+"""The images of a recipe, and its loaders for one rank."""
 
 from __future__ import annotations
 
@@ -6,11 +6,36 @@ from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
+from bnfinetune.errors import DataError
 from bnfinetune.recipe import Recipe
 from bnfinetune.training.data.loaders import Loaders, build_loaders
-from bnfinetune.training.data.splits import ImageSplits
+from bnfinetune.training.data.splits import ImageSplits, load_splits
 from bnfinetune.training.data.transforms import build_transforms
+from bnfinetune.training.launch import on_all
+
+
+def recipe_splits(recipe: Recipe, accelerator: Accelerator, **options: Any) -> ImageSplits:
+    """The images of a recipe, which every machine reads from its own disk.
+
+    Args:
+        recipe: The recipe.
+        accelerator: The ranks.
+        **options: `network` and `whole` of `load_splits`.
+
+    Raises:
+        DataError: They cannot be used, or are not the same on every machine.
+    """
+    splits = on_all(accelerator, lambda: load_splits(recipe.data, recipe.run.seed, **options))
+    found = gather_object([splits.fingerprint()]) if accelerator.num_processes > 1 else []
+    other = next((rank for rank, each in enumerate(found) if each != found[0]), None)
+    if other is not None:
+        raise DataError(
+            f"data.source: process {other} finds other images in {recipe.data.source} than process 0: bring the same "
+            "files to every machine, or name a folder that all of them share"
+        )
+    return splits
 
 
 def recipe_loaders(

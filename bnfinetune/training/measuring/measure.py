@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -20,10 +20,13 @@ from bnfinetune.errors import CheckpointError, DataError
 from bnfinetune.notes import note
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import load_recipe, override_keys
-from bnfinetune.training.data.from_recipe import recipe_loaders
+from bnfinetune.source_paths import check_checkpoint
+from bnfinetune.training.data.from_recipe import recipe_loaders, recipe_splits
+from bnfinetune.training.data.levels import Levels
 from bnfinetune.training.data.loaders import ImageLoader
-from bnfinetune.training.data.splits import ImageSplits, Network, load_splits
-from bnfinetune.training.launch import start_accelerator
+from bnfinetune.training.data.splits import ImageSplits, Network
+from bnfinetune.training.failures import SharedFailures
+from bnfinetune.training.launch import TIMEOUT_MINUTES, on_main, start_accelerator
 from bnfinetune.training.measuring.metrics import Metrics, Tally
 from bnfinetune.training.measuring.mistakes import Mistakes
 from bnfinetune.training.network.backbone import input_config
@@ -69,6 +72,7 @@ def checkpoint_recipe(checkpoint: str, overrides: Sequence[str] = ()) -> tuple[P
     Raises:
         CheckpointError: It is not a folder that a run exported.
     """
+    check_checkpoint(checkpoint)
     folder = Path(checkpoint)
     if not (folder / "config.json").is_file() and (folder / "best" / "config.json").is_file():
         folder = folder / "best"
@@ -83,23 +87,43 @@ def checkpoint_recipe(checkpoint: str, overrides: Sequence[str] = ()) -> tuple[P
     return folder, load_recipe(saved, overrides)
 
 
-def open_data(
-    model: Any, folder: Path, recipe: Recipe, overrides: Sequence[str], *, any_classes: bool = False
-) -> ImageSplits:
-    """The images to measure a network of a folder on: those of its own run, or all of what `data.source` names.
+class Exported(NamedTuple):
+    """An exported network on every rank, of the folder that rank 0 has."""
 
-    Raises:
-        DataError: The data cannot be used or, unless `any_classes`, has classes that the network does not know.
-    """
-    whole = "data.source" in override_keys(overrides)
-    names = () if any_classes else tuple(model.pretrained_cfg.get("label_names") or ())
-    splits = load_splits(recipe.data, recipe.run.seed, network=Network(names, stated_levels(folder)), whole=whole)
-    if not (any_classes or names) and model.num_classes != len(splits.class_names):
-        raise DataError(
-            f"data.source has {len(splits.class_names)} classes, but {folder} predicts {model.num_classes} that it "
-            "does not name: measure it on data with the same classes"
-        )
-    return splits
+    accelerator: Accelerator
+    folder: Path
+    recipe: Recipe
+    model: Any
+    levels: Levels
+
+    @staticmethod
+    def open(checkpoint: str, overrides: Sequence[str] = ()) -> Exported:
+        """Rank 0 reads, and hands over to the others: they need not see its disk.
+
+        Raises:
+            CheckpointError: The folder holds no network.
+        """
+        starting = start_accelerator("no")  # the ranks meet before they know the precision
+        folder, recipe = on_main(starting, lambda: checkpoint_recipe(checkpoint, overrides))
+        accelerator = start_accelerator(recipe.train.mixed_precision)
+        model, levels = on_main(accelerator, lambda: (load_exported(folder), stated_levels(folder)))
+        return Exported(accelerator, folder, recipe, model.to(accelerator.device), levels)
+
+    def splits(self, overrides: Sequence[str], *, any_classes: bool = False) -> ImageSplits:
+        """The images to measure the network on: those of its own run, or all of what `data.source` names.
+
+        Raises:
+            DataError: The data cannot be used or, unless `any_classes`, has classes that the network does not know.
+        """
+        whole = "data.source" in override_keys(overrides)
+        names = () if any_classes else tuple(self.model.pretrained_cfg.get("label_names") or ())
+        splits = recipe_splits(self.recipe, self.accelerator, network=Network(names, self.levels), whole=whole)
+        if not (any_classes or names) and self.model.num_classes != len(splits.class_names):
+            raise DataError(
+                f"data.source has {len(splits.class_names)} classes, but {self.folder} predicts "
+                f"{self.model.num_classes} that it does not name: measure it on data with the same classes"
+            )
+        return splits
 
 
 def evaluate_checkpoint(checkpoint: str, overrides: Sequence[str] = ()) -> dict[str, Metrics]:
@@ -117,15 +141,14 @@ def evaluate_checkpoint(checkpoint: str, overrides: Sequence[str] = ()) -> dict[
         CheckpointError: The folder holds no network.
         DataError: The data cannot be used, or has classes that the network does not know.
     """
-    folder, recipe = checkpoint_recipe(checkpoint, overrides)
-    accelerator = start_accelerator(recipe.train.mixed_precision)
-    model = load_exported(folder).to(accelerator.device)
-    splits = open_data(model, folder, recipe, overrides)
+    exported = Exported.open(checkpoint, overrides)
+    accelerator, _, recipe, model, _ = exported
+    splits = exported.splits(overrides)
     shown = {"validation": splits.measured_as}
     if "data.source" in override_keys(overrides):
-        _note_what_is_measured(splits, checkpoint_recipe(checkpoint)[1].data.source)
+        _note_what_is_measured(splits, on_main(accelerator, lambda: checkpoint_recipe(checkpoint)[1].data.source))
     loaders = recipe_loaders(recipe, splits, input_config(model, None), accelerator)
-    with closing(loaders):
+    with closing(loaders), SharedFailures(TIMEOUT_MINUTES):
         return {
             shown.get(name, name): measure(
                 adapted(model, recipe, loaders.targets[name]), loader, model.num_classes, accelerator

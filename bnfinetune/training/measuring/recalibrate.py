@@ -16,8 +16,9 @@ from bnfinetune.recipe import Recalibrate, Recipe
 from bnfinetune.recipe_files import dump_recipe
 from bnfinetune.training.data.from_recipe import recipe_loaders
 from bnfinetune.training.data.loaders import ImageLoader, Loaders
-from bnfinetune.training.launch import start_accelerator
-from bnfinetune.training.measuring.measure import checkpoint_recipe, load_exported, open_data
+from bnfinetune.training.failures import SharedFailures
+from bnfinetune.training.launch import TIMEOUT_MINUTES, on_main
+from bnfinetune.training.measuring.measure import Exported
 from bnfinetune.training.network.backbone import input_config
 from bnfinetune.training.network.norms import norm_config
 from bnfinetune.training.saving.export import save_export
@@ -75,26 +76,24 @@ def recalibrate_checkpoint(checkpoint: str, out: str, overrides: Sequence[str] =
         CheckpointError: The folder holds no network, or `out` is taken.
         StatisticsError: The pass failed; nothing is written.
     """
-    folder, recipe = checkpoint_recipe(checkpoint, overrides)
-    target = choose_folder(out, "recalibrated")
-    accelerator = start_accelerator(recipe.train.mixed_precision)
-    model = load_exported(folder).to(accelerator.device)
-    splits = open_data(model, folder, recipe, overrides, any_classes=True)
+    exported = Exported.open(checkpoint, overrides)
+    accelerator, _, recipe, model, _ = exported
+    target = on_main(accelerator, lambda: choose_folder(out, "recalibrated"))
+    splits = exported.splits(overrides, any_classes=True)
     data_config = input_config(model, recipe.data.image_size)
-    with closing(recipe_loaders(recipe, splits, data_config, accelerator)) as loaders:
+    with closing(recipe_loaders(recipe, splits, data_config, accelerator)) as loaders, SharedFailures(TIMEOUT_MINUTES):
         report = recalibrate(model, loaders, recipe, accelerator, exported=True)
-    if accelerator.is_main_process:
-        names = model.pretrained_cfg.get("label_names") or [str(number) for number in range(model.num_classes)]
-        source = {
-            "computed": "precise-BN",
-            "images": report.samples,
-            "data": recipe.recalibrate.data,
-            "source": recipe.data.source,
-            "fingerprint": splits.fingerprint(),
-            "levels": dict(splits.levels),
-        }
-        save_export(target, model, names, data_config, dump_recipe(recipe), source, norm_config(recipe.model))
-    accelerator.wait_for_everyone()
+    names = model.pretrained_cfg.get("label_names") or [str(number) for number in range(model.num_classes)]
+    source = {
+        "computed": "precise-BN",
+        "images": report.samples,
+        "data": recipe.recalibrate.data,
+        "source": recipe.data.source,
+        "fingerprint": splits.fingerprint(),
+        "levels": dict(splits.levels),
+    }
+    about = dump_recipe(recipe), source, norm_config(recipe.model)
+    on_main(accelerator, lambda: save_export(target, model, names, data_config, *about))
     return report
 
 
