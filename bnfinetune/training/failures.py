@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import socket
 import sys
 import threading
 import time
+import uuid
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from bnfinetune.errors import BnFinetuneError, TrainingError, error_line
 
@@ -24,7 +25,6 @@ _LOST = re.compile(
 _FAILURE, _HEARD, _TOLD = "failure", "heard", "told"  # keys of the store: the first failure, ranks and stderrs with it
 _LOOK = 1.0  # seconds between two looks at the store
 _STAY = 5.0  # seconds that a failing rank waits for the others at most
-_numbers = itertools.count()  # of these contexts, which all ranks enter in the same order
 
 
 class SharedFailures:
@@ -44,15 +44,20 @@ class SharedFailures:
 
     def __init__(self, minutes: float) -> None:
         self._minutes = minutes
-        self._left = threading.Event()
-        self._failure: tuple[int, str] | None = None  # of another rank
-        self._watch = threading.Thread(target=self._listen, name="failures of other ranks", daemon=True)
         self._store: Any = None  # shared by the ranks of a process group; None without one
+        self._left = threading.Event()
+        self._own: Exception | None = None  # what this rank has to tell
+        self._lost = False  # whether this rank has lost another one
+        self._failure: tuple[int, str] | None = None  # of another rank
+        # all calls to the store: it may not answer, where the network is what has failed
+        self._watch = threading.Thread(target=self._exchange, name="failures of other ranks", daemon=True)
 
     def __enter__(self) -> SharedFailures:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             met = torch.distributed.distributed_c10d._get_default_store()
-            self._store = torch.distributed.PrefixStore(f"bnfinetune/{next(_numbers)}", met)  # type: ignore[attr-defined]
+            # a store may outlive its ranks: what those before a restart of torchrun have left is not meant
+            name = broadcast_object_list([uuid.uuid4().hex])[0]
+            self._store = torch.distributed.PrefixStore(f"bnfinetune/{name}", met)  # type: ignore[attr-defined]
             self._watch.start()
         return self
 
@@ -61,46 +66,51 @@ class SharedFailures:
     ) -> None:
         if self._store is None:
             return
+        if isinstance(error, Exception):  # the ends that signals ask for are agreed on
+            foreign = isinstance(error, RuntimeError) and not isinstance(error, BnFinetuneError)
+            self._lost = foreign and _LOST.search(str(error)) is not None
+            if not self._lost and getattr(error, "rank", None) is None:
+                self._own = error
         self._left.set()
-        self._watch.join()
-        if not isinstance(error, Exception):  # the ends that signals ask for are agreed on
-            return
-        lost = isinstance(error, RuntimeError) and not isinstance(error, BnFinetuneError) and _LOST.search(str(error))
-        with suppress(torch.distributed.DistError):  # the store went with its process
-            if lost:
-                self._hear(self._store)
-            elif getattr(error, "rank", None) is None:
-                self._tell(self._store, error)
-        if lost:
+        self._watch.join(_STAY + _LOOK)
+        if self._lost:
             raise self._loss() from error
 
-    def _listen(self) -> None:
-        """Say the failure of another rank while the main thread waits for it."""
-        with suppress(torch.distributed.DistError):
+    def _exchange(self) -> None:
+        """Hear of a failure of another rank while the main thread waits for it, and leave one of this rank."""
+        with suppress(torch.distributed.DistError):  # the store went with its process
             while not self._left.wait(_LOOK):
                 if self._store.check([_FAILURE]) and not self._left.wait(_LOOK):  # ranks that fail together each say it
-                    self._hear(self._store)
+                    self._hear()
                     return
+            if self._lost and self._store.check([_FAILURE]):
+                self._hear()
+            elif self._own is not None:
+                self._tell(self._own)
 
-    def _hear(self, store: Any) -> None:
-        """Say what another rank has left, if it has not been said."""
-        if self._failure is not None or not store.check([_FAILURE]):
-            return
-        rank, _, text = store.get(_FAILURE).decode().partition(" ")
+    def _hear(self) -> None:
+        """Say what another rank has left."""
+        rank, _, text = self._store.get(_FAILURE).decode().partition(" ")
         self._failure = int(rank), text
-        if _is_first(store):
+        if self._is_first():
             print(error_line(text, int(rank)), file=sys.stderr, flush=True)
-        store.add(_HEARD, 1)
+        self._store.add(_HEARD, 1)
 
-    def _tell(self, store: Any, error: Exception) -> None:
+    def _tell(self, error: Exception) -> None:
         """Leave a line for the others, and stay until they have it."""
         text = str(error) if isinstance(error, BnFinetuneError) else f"{type(error).__name__}: {error}"
-        _is_first(store)  # this rank's stderr gets it with the error
-        store.compare_set(_FAILURE, "", f"{torch.distributed.get_rank()} {text}")
-        heard, until = store.add(_HEARD, 1), time.monotonic() + _STAY
+        self._is_first()  # this rank's stderr gets it with the error
+        self._store.compare_set(_FAILURE, "", f"{torch.distributed.get_rank()} {text}")
+        heard, until = self._store.add(_HEARD, 1), time.monotonic() + _STAY
         while heard < torch.distributed.get_world_size() and time.monotonic() < until:
             time.sleep(0.05)
-            heard = store.add(_HEARD, 0)
+            heard = self._store.add(_HEARD, 0)
+
+    def _is_first(self) -> bool:
+        """Whether no other rank has asked this of the same stderr, which those of a machine often share."""
+        stderr = os.fstat(2)
+        first: bool = self._store.add(f"{_TOLD}/{socket.gethostname()}/{stderr.st_dev}/{stderr.st_ino}", 1) == 1
+        return first
 
     def _loss(self) -> TrainingError:
         if self._failure is None:
@@ -112,10 +122,3 @@ class SharedFailures:
         error = TrainingError(text)
         error.rank, error.told = rank, True
         return error
-
-
-def _is_first(store: Any) -> bool:
-    """Whether no other rank has asked this of the same stderr, which those of a machine often share."""
-    stderr = os.fstat(2)
-    first: bool = store.add(f"{_TOLD}/{socket.gethostname()}/{stderr.st_dev}/{stderr.st_ino}", 1) == 1
-    return first

@@ -65,6 +65,15 @@ def test_training_and_going_on_need_the_disk_of_the_first_rank_alone(name, nurse
     assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
 
 
+def test_a_run_on_the_disk_of_another_rank_is_not_begun_anew(nursery, images, tmp_path):
+    (tmp_path / "1/run").mkdir(parents=True)
+    (tmp_path / "1/run/recipe.yaml").touch()
+    words = [*WORDS[:-1], f"data.source={images}", "train.resume=auto"]
+    assert nursery.run(command, words, tmp_path, ranks=2, kill_others=False) == [2, 2], nursery.said()
+    assert nursery.said().count("process 1 has run on its machine, and process 0 has not") == 2  # once on each machine
+    assert not (tmp_path / "0/run").exists()
+
+
 @pytest.mark.parametrize(
     "more", [{}, {"train.cache_memory": 0}, {"train.cache_dir": "kept"}], ids=["memory", "files", "kept"]
 )

@@ -367,7 +367,8 @@ def _starts_slowly() -> bool:
 
 
 def _leave_signals(worker: int) -> None:
-    """Ctrl-C and SIGUSR1 may reach a whole group of processes: the one that trains answers them."""
+    """What is sent to a whole group of processes, as terminals and torchrun do, the one that trains answers alone."""
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from bnfinetune.errors import CheckpointError, RecipeError
 from bnfinetune.recipe import Recipe
@@ -41,10 +42,12 @@ def choose_run(recipe: Recipe, accelerator: Accelerator, lock: RunLock) -> RunFo
         CheckpointError: The folder is taken or cannot be written, there is nothing to resume, or the run in it
             followed another recipe.
     """
-    return on_main(accelerator, lambda: _choose(recipe, accelerator.num_processes, lock))
+    here = recipe.train.resume == "auto" and (Path(recipe.run.dir or "") / RECIPE).is_file()
+    holders = [rank for rank, holds in enumerate(gather_object([here])) if holds]
+    return on_main(accelerator, lambda: _choose(recipe, accelerator.num_processes, lock, holders))
 
 
-def _choose(recipe: Recipe, ranks: int, lock: RunLock) -> RunFolder:
+def _choose(recipe: Recipe, ranks: int, lock: RunLock, holders: list[int]) -> RunFolder:
     _check_allowed(recipe)
     resume = recipe.train.resume
     if resume is None:
@@ -60,6 +63,11 @@ def _choose(recipe: Recipe, ranks: int, lock: RunLock) -> RunFolder:
             _same_recipe(folder, recipe, same_batch=False)
             return RunFolder(folder, notes=(f"no state was saved in {folder} yet: the run begins anew",), again=True)
         if resume == "auto":
+            if holders and holders[0] != 0:
+                raise CheckpointError(
+                    f"train.resume=auto: process {holders[0]} has {folder} on its machine, and process 0 has not: let "
+                    "that machine be the first one (torchrun --node-rank 0), or choose another run.dir to start anew"
+                )
             return RunFolder(choose_folder(recipe.run.dir, recipe.name))
     if state is None:
         raise CheckpointError(
