@@ -13,6 +13,8 @@ from bnfinetune.cli import main
 from bnfinetune.errors import DataError
 from bnfinetune.training import failures
 from bnfinetune.training.loop.trainer import Trainer
+from bnfinetune.training.run import finetune
+from tests.training.loop.test_guard import settings
 from tests.training.support import write_images
 
 WORDS = ["recipe=full", "model.name=test_resnet", "model.pretrained=false", "data.image_size=32", "data.workers=0",
@@ -107,6 +109,30 @@ def test_every_rank_says_once_which_failed_and_why(failing, error, line, ranks, 
             ]
         elif isinstance(error, DataError):
             assert [each for each in said.splitlines() if "bnfinetune" in each] == [f"bnfinetune: error: {line}"]
+
+
+def fail_twice(options, folder):
+    """All ranks fail alike; then, in the same processes, one of them."""
+    update = Trainer._update
+
+    def failing(self, group):
+        if self.recipe.run.dir == str(folder / "first"):
+            raise DataError("no image 7.png")
+        if os.environ["RANK"] == "1":
+            raise DataError("no image 8.png")
+        update(self, group)
+
+    Trainer._update = failing
+    with pytest.raises(DataError):
+        finetune("full", **options | {"run.dir": folder / "first"})
+    finetune("full", **options | {"run.dir": folder / "second"})
+
+
+def test_a_failure_is_of_its_run_alone(nursery, images, tmp_path):
+    options = settings(images, tmp_path, **{"train.batch_size": 3})
+    assert nursery.run(fail_twice, options, tmp_path, ranks=2, kill_others=False) == [1, 1]
+    assert "TrainingError: no image 8.png" in nursery.said()
+    assert "7.png" not in nursery.said()
 
 
 @pytest.mark.slow
