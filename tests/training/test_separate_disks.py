@@ -155,6 +155,9 @@ def test_verbs_on_checkpoints_need_the_disk_of_the_first_rank_alone(run_of_the_f
     words = ["recalibrate", "checkpoint=run", "out=new"]
     assert nursery.run(command, words, tmp_path, ranks=2) == [0, 0], nursery.said()
     assert (tmp_path / "0/new/model.safetensors").is_file()
+    words = ["predict", "checkpoint=run", "images/val", "format=jsonl"]
+    assert nursery.run(command, words, tmp_path, ranks=2) == [0, 0], nursery.said()
+    assert nursery.said().count('"probability"') == 9 * 4  # by the first rank alone: of each image, with three classes
     assert [path.name for path in (tmp_path / "1").iterdir()] == ["images"]
 
 

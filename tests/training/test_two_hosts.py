@@ -29,7 +29,8 @@ def _why_not():
     return "" if tried.returncode == 0 else "this machine allows no network namespaces"
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(_why_not()), reason=_why_not())]
+WHY_NOT = _why_not()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
 
 
 class Host:

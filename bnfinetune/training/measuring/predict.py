@@ -18,7 +18,6 @@ from bnfinetune.training.data.images import open_image, wide_extremes
 from bnfinetune.training.data.levels import Levels, levels_of
 from bnfinetune.training.data.transforms import build_transforms
 from bnfinetune.training.data.walking import PassedOver, images_below, printable
-from bnfinetune.training.launch import start_accelerator
 from bnfinetune.training.measuring.measure import checkpoint_recipe, load_exported
 from bnfinetune.training.network.backbone import input_config
 from bnfinetune.training.saving.provenance import stated_levels
@@ -46,7 +45,8 @@ def predict(checkpoint: str, paths: Sequence[str], top: int = 5) -> Iterator[dic
     """
     folder, recipe = checkpoint_recipe(checkpoint)
     files = [file for path in paths for file in _images(Path(path))]
-    device = start_accelerator().device
+    available = torch.accelerator.is_available()  # without Accelerate, which would wait for other ranks
+    device = (torch.accelerator.current_accelerator() if available else None) or torch.device("cpu")
     model = load_exported(folder).to(device)
     transform = build_transforms(recipe.data, input_config(model, None)).eval
     names = model.pretrained_cfg.get("label_names") or [str(i) for i in range(model.num_classes)]
