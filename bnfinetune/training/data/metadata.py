@@ -50,12 +50,13 @@ def read_metadata(root: Path, data: Data) -> dict[str, datasets.Dataset] | None:
         listed_here = _useful(file, data)
         if listed_here is None:
             continue
-        for split, row in ((_split_of(row[_FILE]) if at_root else folder.name, row) for row in listed_here):
+        names = [_split_of(row[_FILE]) if at_root else folder.name for row in listed_here]
+        if None in names and WHOLE not in names:
+            names = [WHOLE] * len(names)  # some only seem to tell a split
+        for split, row in zip(names, listed_here, strict=True):
             rows.setdefault(split or WHOLE, []).append(_located(row, folder))
     if not rows:
         return None
-    if WHOLE in rows and len(rows) > 1 and not any(_split_of(row[_FILE]) for row in rows[WHOLE]):
-        rows = {WHOLE: [row for part in rows.values() for row in part]}  # some names only seem to tell a split
     known = {row[IMAGE] for part in rows.values() for row in part}
     unlisted = sum(str(path) not in known for path in images_below(root))
     if unlisted:
