@@ -20,7 +20,7 @@ from bnfinetune.training.launch import start_accelerator
 from bnfinetune.training.measuring.measure import checkpoint_recipe, load_exported, open_data
 from bnfinetune.training.network.backbone import input_config
 from bnfinetune.training.network.norms import norm_config
-from bnfinetune.training.saving.export import save_export
+from bnfinetune.training.saving.export import save_export, stated_thresholds
 from bnfinetune.training.saving.run_folder import choose_folder
 
 
@@ -93,7 +93,8 @@ def recalibrate_checkpoint(checkpoint: str, out: str, overrides: Sequence[str] =
             "fingerprint": splits.fingerprint(),
             "levels": dict(splits.levels),
         }
-        save_export(target, model, names, data_config, dump_recipe(recipe), source, norm_config(recipe.model))
+        norms, cuts = norm_config(recipe.model), stated_thresholds(folder)
+        save_export(target, model, names, data_config, dump_recipe(recipe), source, norms, cuts)
     accelerator.wait_for_everyone()
     return report
 
