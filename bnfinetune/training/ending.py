@@ -60,8 +60,8 @@ def measure_best(
     for line in told(reports, recipe.recalibrate.data):
         say(line)
     if reports:
-        with_labels = recipe.is_multilabel  # whose scores have changed, and so what chooses thresholds
-        cuts = measurer.measure(network, trainer.loaders.val).thresholds if with_labels else ()
+        # scores have changed, by which thresholds of labels are chosen
+        cuts = measurer.measure(network, trainer.loaders.val).thresholds if recipe.is_multilabel else ()
         if trainer.accelerator.is_main_process:
             setup.export(network, folder, record.statistics, cuts)
     mistakes = Mistakes() if recipe.run.report else None

@@ -278,7 +278,7 @@ def _encode_labels(
         del values["test"]
     several, feature = data.task == "multilabel", splits["train"].features[label]
     if several:
-        values = {role: label_sets(values[role], column[role]) for role in values}
+        values = label_sets(values, column)
     else:
         for role in values:
             check_labelled(values[role], column[role])

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,18 +121,12 @@ def evaluate_checkpoint(checkpoint: str, overrides: Sequence[str] = ()) -> dict[
     shown = {"validation": splits.measured_as}
     if "data.source" in override_keys(overrides):
         _note_what_is_measured(splits, checkpoint_recipe(checkpoint)[1].data.source)
-    thresholds = exported_thresholds(folder, model.num_classes) if recipe.is_multilabel else None
+    cuts = exported_thresholds(folder, model.num_classes) if recipe.is_multilabel else None
+    tally = partial(new_tally, model.num_classes, accelerator.device, multilabel=recipe.is_multilabel, thresholds=cuts)
     loaders = recipe_loaders(recipe, splits, input_config(model, None), accelerator)
     with closing(loaders):
         return {
-            shown.get(name, name): measure(
-                adapted(model, recipe, loaders.targets[name]),
-                loader,
-                new_tally(
-                    model.num_classes, accelerator.device, multilabel=recipe.is_multilabel, thresholds=thresholds
-                ),
-                accelerator,
-            )
+            shown.get(name, name): measure(adapted(model, recipe, loaders.targets[name]), loader, tally(), accelerator)
             for name, loader in loaders.measured.items()
         }
 

@@ -73,12 +73,15 @@ def test_rows_of_one_image_are_its_labels(tmp_path):
 
 
 NUMBERS = [[NAMES.index(name) for name in found] for found in SETS]
+EACH_OF_TWO = [[1, 0], [0, 1]] * 12
 COLUMNS = {
     "names": (SETS, datasets.List(datasets.Value("string")), NAMES),
     "class labels": (NUMBERS, datasets.List(datasets.ClassLabel(names=list(NAMES))), NAMES),
     "large lists": (NUMBERS, datasets.LargeList(datasets.ClassLabel(names=list(NAMES))), NAMES),
     "numbers": (NUMBERS, datasets.List(datasets.Value("int64")), ("0", "1", "2")),
     "multi-hot": (TRUTH.tolist(), datasets.List(datasets.Value("int8"), length=3), ("0", "1", "2")),
+    "flags of two": (EACH_OF_TWO, datasets.List(datasets.Value("int8")), ("0", "1")),
+    "one number each": ([[0], [1]] * 12, datasets.List(datasets.Value("int64")), ("0", "1")),
     "flags": (TRUTH.astype(bool).tolist(), datasets.List(datasets.Value("bool")), ("0", "1", "2")),
     "null for none": ([found or None for found in SETS], datasets.List(datasets.Value("string")), NAMES),
     "null among class labels": (
@@ -97,14 +100,27 @@ def test_columns(column, tmp_path):
     table(24, values, feature).to_parquet(tmp_path / "train.parquet")
     splits = load(tmp_path)
     assert splits.class_names == names
-    assert np.array_equal(column_numbers(splits.train, splits.label_column), TRUTH)
-    assert "task=multilabel" not in splits.describe()
+    expected = TRUTH if len(names) == 3 else np.array(EACH_OF_TWO)
+    assert np.array_equal(column_numbers(splits.train, splits.label_column), expected)
+    assert np.array_equal(column_numbers(splits.val, splits.label_column), expected)
 
 
 def test_lists_of_two_numbers_of_any_length_are_no_flags(tmp_path):
     table(6, [[0, 0], [1], [0, 1]] * 2, datasets.List(datasets.Value("int64"))).to_parquet(tmp_path / "test.parquet")
     splits = load(tmp_path, train_split="test", val_fraction=0.5)
     assert sum(column_numbers(split, "kind").sum(0) for split in (splits.train, splits.val)).tolist() == [4, 4]
+
+
+def test_labels_are_written_in_one_way_in_all_splits(tmp_path):
+    """A part that has the classes 0 and 1 alone, or no separator, is read as the others are."""
+    feature = datasets.List(datasets.Value("int64"))
+    table(6, [[0, 1], [2], [1]] * 2, feature).to_parquet(tmp_path / "train.parquet")
+    table(2, [[0, 1], [1, 0]], feature).to_parquet(tmp_path / "validation.parquet")
+    splits = load(tmp_path)
+    assert column_numbers(splits.val, splits.label_column).tolist() == [[1, 1, 0], [1, 1, 0]]
+    table(6, ["a, b|c", "c", "a, b"] * 2, datasets.Value("string")).to_parquet(tmp_path / "train.parquet")
+    table(2, ["a, b", "c"], datasets.Value("string")).to_parquet(tmp_path / "validation.parquet")
+    assert load(tmp_path).class_names == ("a, b", "c")
 
 
 def test_names_of_numbers_are_declared(tmp_path):
