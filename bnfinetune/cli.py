@@ -96,11 +96,14 @@ def evaluate(arguments: Arguments) -> None:
     "checkpoint=FOLDER IMAGE_OR_FOLDER ... [top=5] [format=table|jsonl]",
     paths=True,
     checkpoint="a run folder (its best checkpoint is taken), RUN/best, or any folder that timm saved",
-    top="classes per image, the likeliest first (default 5)",
+    top="classes per image, the likeliest first (default 5); of several labels per image, the table has all from their "
+    "thresholds on",
     format="table (default), or jsonl: one JSON object per image",
 )
 def predict(arguments: Arguments) -> None:
     """Predict the classes of images, or of all images below a folder.
+
+    A network of data.task=multilabel gives all classes whose probability reaches the threshold chosen on validation.
 
     Examples:
       bnfinetune predict checkpoint=runs/freeze_bn photo.jpg
@@ -120,8 +123,9 @@ def predict(arguments: Arguments) -> None:
         if form == "jsonl":
             print(json.dumps(record), flush=True)
         else:
-            ranked = "  ".join(f"{guess['label']} {guess['probability']:.1%}" for guess in record["top"])
-            print(f"{record['path']}  {ranked}", flush=True)
+            guesses = record.get("labels", record["top"])
+            ranked = "  ".join(f"{guess['label']} {guess['probability']:.1%}" for guess in guesses)
+            print(f"{record['path']}  {ranked or '(no label)'}", flush=True)
 
 
 @verb(

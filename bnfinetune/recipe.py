@@ -24,6 +24,12 @@ PHOTO_MODEL = "resnet50.a1_in1k"
 
 BN_FORMS = ("one section", "list of sections")
 
+METRICS = {
+    "multiclass": ("top1", "top5", "macro_f1", "loss", "ece"),
+    "multilabel": ("map", "macro_f1", "micro_f1", "loss"),
+}
+"""Metrics that `checkpoint.metric` may name, by `data.task`, the default first."""
+
 _Number = TypeVar("_Number", bound=float)
 
 
@@ -123,6 +129,11 @@ class Augment(Section):
 class Data(Section):
     """Where images and labels come from, and how they reach the model."""
 
+    task: Literal["multiclass", "multilabel"] = Field(
+        default="multiclass",
+        description="multiclass: one class per image; multilabel: any number of them, from a column of lists, or of "
+        "text such as a|b or a;b",
+    )
     source: FilePath = Field(
         default="demo",
         min_length=1,
@@ -322,7 +333,8 @@ class Train(Section):
         default=None, description="autocast precision; null: what accelerate launch or its configuration says, else no"
     )
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        default=0.0, description="share of the target spread over all classes"
+        default=0.0,
+        description="share of the target spread over all classes; multilabel: over yes and no, for each class",
     )
     ema: Between | None = Field(
         default=None, description="decay of an averaged copy of the model, which is then what is evaluated and saved"
@@ -392,8 +404,10 @@ class Checkpoint(Section):
         default=None, description="minutes between such saves, besides those by steps or evaluations"
     )
     keep: Positive = Field(default=2, description="newest training states that are kept; the best network always is")
-    metric: Literal["top1", "top5", "macro_f1", "loss", "ece"] = Field(
-        default="top1", description="validation metric that chooses the best checkpoint"
+    metric: Literal["top1", "top5", "macro_f1", "micro_f1", "map", "loss", "ece"] | None = Field(
+        default=None,
+        description="validation metric that chooses the best checkpoint; null: top1, or map (mean average precision) "
+        "where data.task=multilabel",
     )
 
 
@@ -443,6 +457,24 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _metric_of_the_task(self) -> Recipe:
+        metric, known = self.checkpoint.metric, METRICS[self.data.task]
+        if metric is not None and metric not in known:
+            raise ValueError(
+                f"checkpoint.metric={metric} is not measured with data.task={self.data.task}: choose {', '.join(known)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _softmax_has_one_class(self) -> Recipe:
+        if self.evaluate.adapt == "tent" and self.is_multilabel:
+            raise ValueError(
+                "evaluate.adapt=tent lowers the entropy of one class per image, and data.task=multilabel has several: "
+                "choose adabn, mix or none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _standardisation_needs_groups(self) -> Recipe:
         if self.model.weight_standardisation and self.model.group_norm is None:
             raise ValueError("model.weight_standardisation goes with GroupNorm: set model.group_norm, such as 32")
@@ -460,6 +492,16 @@ class Recipe(Section):
             known = ", ".join(self.domains) or "none"
             raise ValueError(f"evaluate.domain={self.evaluate.domain} is not among bn.domains ({known})")
         return self
+
+    @property
+    def best_metric(self) -> str:
+        """The validation metric that chooses the best checkpoint."""
+        return self.checkpoint.metric or METRICS[self.data.task][0]
+
+    @property
+    def is_multilabel(self) -> bool:
+        """Whether an image may have any number of classes."""
+        return self.data.task == "multilabel"
 
     @property
     def bn_sections(self) -> tuple[BN, ...]:

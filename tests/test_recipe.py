@@ -131,7 +131,8 @@ class TestSchema:
             for key in section.keys:
                 listed = key.allowed.startswith("list of ")
                 for choice in key.choices:
-                    load_recipe({}, {key.path: [choice] if listed else choice})
+                    task = {"data.task": "multilabel"} if choice in ("map", "micro_f1") else {}
+                    load_recipe({}, {**task, key.path: [choice] if listed else choice})
                 if key.choices:
                     with pytest.raises(RecipeError, match=rf"{key.path}.*did you mean {key.choices[0]}\?"):
                         load_recipe({}, {key.path: [f"{key.choices[0]}x"] if listed else f"{key.choices[0]}x"})

@@ -13,7 +13,7 @@ from bnfinetune.diagnose.page import Drawing, Grid, Page, Part, Picture
 from bnfinetune.diagnose.report import checks, drift_parts
 
 _PAIRS = 10
-_SHARES = {"top1": "top-1", "top5": "top-5", "macro_f1": "macro F1"}
+_SHARES = {"top1": "top-1", "top5": "top-5", "map": "mAP", "macro_f1": "macro F1", "micro_f1": "micro F1"}
 _NUMBERS = {"ece": "calibration error", "loss": "loss"}
 
 
@@ -23,16 +23,17 @@ class RunStory:
 
     Attributes:
         title: such as the names of recipe and network.
-        before: metrics by split before training: `images`, `top1`, `loss` and others.
+        before: metrics by split before training: `images`, `top1` or, of several labels per image, `map`, and others.
         after: the same of the best network; the last split is the one that counts.
         history: one record per evaluation, the first from before training, with `update` and any of `train_loss`,
-            `loss`, `top1`, `macro_f1`, `bn_drift` (stored statistics against the data's own) and `bn_moved` (against
-            those at the start).
+            `loss`, `top1`, `map`, `macro_f1`, `bn_drift` (stored statistics against the data's own) and `bn_moved`
+            (against those at the start).
         best_update: the update whose network is the best.
         numbers: further figures to show at the top.
         confusion: counts by true and predicted class, on the last split of `after`.
         class_names: names of the classes, in order.
-        per_class: accuracy by class name.
+        per_class: accuracy or, of several labels per image, average precision by class name; None without images.
+        thresholds: of several labels per image: the probability from which on each class is predicted.
         mistakes: the images that the network gets most wrong.
         drift: statistics of the best network against images.
         findings: of the checks at the start.
@@ -49,7 +50,8 @@ class RunStory:
     numbers: Mapping[str, str] | None = None
     confusion: Sequence[Sequence[int]] = ()
     class_names: Sequence[str] = ()
-    per_class: Mapping[str, float] | None = None
+    per_class: Mapping[str, float | None] | None = None
+    thresholds: Sequence[float] = ()
     mistakes: Sequence[Picture] = ()
     drift: DriftReport | None = None
     findings: Sequence[Finding] = ()
@@ -62,6 +64,11 @@ class RunStory:
         """The split that counts."""
         return list(self.after)[-1]
 
+    @property
+    def main(self) -> str:
+        """The metric that counts most."""
+        return "map" if "map" in self.after[self.split] else "top1"
+
 
 def run_page(story: RunStory) -> Page:
     """The page of a run: result, curves, confusion, mistakes, statistics, checks, settings.
@@ -69,12 +76,15 @@ def run_page(story: RunStory) -> Page:
     Example:
         >>> run_page(RunStory(title="mine", before=before, after=after)).write("report.html")
     """
-    before, after = story.before[story.split]["top1"], story.after[story.split]["top1"]
+    before, after = story.before[story.split][story.main], story.after[story.split][story.main]
     verdict = f"{after:.1%} of the {story.split} images are classified right; before training, {before:.1%} were"
+    if story.main == "map":
+        verdict = f"mean average precision is {after:.1%} on the {story.split} images; before training, {before:.1%}"
     parts = [
         _result(story),
         *_history(story),
         *_confusion(story),
+        *_labels(story),
         *_mistakes(story),
         *checks(story.findings),
         *_statistics(story),
@@ -85,9 +95,9 @@ def run_page(story: RunStory) -> Page:
 
 def _numbers(story: RunStory) -> dict[str, str]:
     last = story.after[story.split]
-    numbers = {"top-1": f"{last['top1']:.1%}"}
+    numbers = {_SHARES[story.main]: f"{last[story.main]:.1%}"}
     images = int(last.get("images", 0))
-    if images:
+    if images and "top1" in last:
         from scipy.stats import binomtest  # takes a tenth of the time of all that a run imports at its start
 
         interval = binomtest(round(last["top1"] * images), images).proportion_ci(method="wilson")
@@ -120,7 +130,7 @@ def _history(story: RunStory) -> list[Part]:
         return []
     history, best = story.history, story.best_update
     loss = figures.curves(history, {"train_loss": "training", "loss": "validation"}, "loss", "losses", best=best)
-    lines = {"top1": "top-1", "macro_f1": "macro F1"}
+    lines = {key: _SHARES[key] for key in (story.main, "macro_f1")}
     shares = figures.curves(history, lines, "validation", "accuracies", percent=True, best=best)
     at = "" if best is None else f" The best network is that of update {best}."
     return [
@@ -129,7 +139,7 @@ def _history(story: RunStory) -> list[Part]:
             figures=(
                 Drawing(loss, f"Loss over the run; of training, the mean since the evaluation before.{at}"),
                 Drawing(
-                    shares, f"Accuracy on the validation images over the run, from before the first update on.{at}"
+                    shares, f"Measured on the validation images over the run, from before the first update on.{at}"
                 ),
             ),
             tables=(_records(history),),
@@ -139,7 +149,8 @@ def _history(story: RunStory) -> list[Part]:
 
 def _records(history: Sequence[Mapping[str, Any]]) -> Grid:
     """The curves in numbers."""
-    columns = {"train_loss": "training loss", "loss": "validation loss", "top1": "top-1", "macro_f1": "macro F1"}
+    columns = {"train_loss": "training loss", "loss": "validation loss"}
+    columns |= {key: _SHARES[key] for key in ("top1", "map", "macro_f1")}
     columns |= {"bn_drift": "BN drift", "bn_moved": "BN moved"}
     known = {key: name for key, name in columns.items() if any(record.get(key) is not None for record in history)}
     rows = tuple(
@@ -162,11 +173,26 @@ def _confusion(story: RunStory) -> list[Part]:
     if pairs:
         tables.append(Grid("Most confused", ("class", "taken for", "images", "of the class"), pairs, (1,)))
     if story.per_class:
-        rows = sorted(story.per_class.items(), key=lambda item: item[1])
-        shares = tuple((name, f"{share:.1%}") for name, share in rows)
+        shares = tuple((name, f"{share:.1%}") for name, share in _worst_first(story.per_class))
         tables.append(Grid("Accuracy by class, the worst first", ("class", "accuracy"), shares, folded=True))
     drawing = Drawing(figures.confusion(story.confusion, story.class_names), caption)
     return [Part("Confusion", figures=(drawing,), tables=tuple(tables))]
+
+
+def _labels(story: RunStory) -> list[Part]:
+    """What stands for the confusion matrix where an image has several labels, of which none is taken for another."""
+    if not story.thresholds or not story.per_class:
+        return []
+    cuts = dict(zip(story.per_class, story.thresholds, strict=True))
+    rows = tuple((name, f"{share:.1%}", f"{cuts[name]:.3f}") for name, share in _worst_first(story.per_class))
+    text = "A class is predicted from its threshold on, which has the best F1 on the validation images."
+    columns = ("class", "average precision", "threshold")
+    return [Part("Classes", (text,), tables=(Grid("Average precision by class, the worst first", columns, rows),))]
+
+
+def _worst_first(shares: Mapping[str, float | None]) -> list[tuple[str, float]]:
+    known = [(name, share) for name, share in shares.items() if share is not None]
+    return sorted(known, key=lambda item: item[1])
 
 
 def _worst_pairs(story: RunStory) -> tuple[tuple[str, ...], ...]:
@@ -179,8 +205,9 @@ def _worst_pairs(story: RunStory) -> tuple[tuple[str, ...], ...]:
 def _mistakes(story: RunStory) -> list[Part]:
     if not story.mistakes:
         return []
+    label = "true class" if story.main == "top1" else "most doubtful label"
     text = (
-        f"The {story.split} images whose true class the network finds least likely, as it sees them. "
+        f"The {story.split} images whose {label} the network finds least likely, as it sees them. "
         "Wrong labels gather here."
     )
     return [Part("Most wrong", (text,), pictures=tuple(story.mistakes))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
@@ -40,12 +40,21 @@ class Assembly(NamedTuple):
     data_config: dict[str, Any]
     dropped: int
 
-    def export(self, network: nn.Module, folder: RunFolder, statistics: dict[str, Any]) -> None:
-        """Write a network as the best of its run; `statistics` says where those of its BN layers come from."""
+    def export(
+        self, network: nn.Module, folder: RunFolder, statistics: dict[str, Any], thresholds: Sequence[float]
+    ) -> None:
+        """Write a network as the best of its run.
+
+        Args:
+            network: The bare network.
+            folder: Of the run.
+            statistics: Says where those of its BN layers come from.
+            thresholds: Of `LabelMetrics`, chosen on validation; empty where an image has one class.
+        """
         recipe = self.trainer.recipe
         source = statistics | {"update": self.trainer.progress.best_update}
         names, norms = self.splits.class_names, norm_config(recipe.model)
-        save_export(folder.best, network, names, self.data_config, dump_recipe(recipe), source, norms)
+        save_export(folder.best, network, names, self.data_config, dump_recipe(recipe), source, norms, thresholds)
 
 
 def assemble(recipe: Recipe, accelerator: Accelerator, say: Callable[[str], None]) -> Assembly:

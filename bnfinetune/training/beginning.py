@@ -47,7 +47,7 @@ def begin(setup: Assembly, folder: RunFolder, measurer: Measurer, say: Callable[
     else:
         record.before = measurer.measure_all(trainer.evaluated)
     for name, metrics in record.before.items():
-        say(f"before  {name} top-1 {metrics.top1:.1%}, loss {metrics.loss:.3f} ({metrics.images} images)")
+        say(f"before  {name} {metrics.headline}, loss {metrics.loss:.3f} ({metrics.images} images)")
     if folder.state is None:
         reports = measurer.recalibrate("start", trainer.networks())
         record.note_recalibration(reports.values(), recipe.recalibrate.data, "start")

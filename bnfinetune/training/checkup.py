@@ -112,7 +112,7 @@ def inspect_checkpoint(
     """Measures an exported network's statistics on a data set; `bnfinetune inspect` calls this.
 
     The images are those of `data.train_split`, shuffled and prepared as for evaluation, in batches of
-    `train.batch_size`. Labels are used where the classes are the network's.
+    `train.batch_size`. Labels are used where the classes are the network's, and one of them is that of an image.
 
     Args:
         checkpoint: a run folder, an exported folder such as RUN/best, or any folder that timm saved.
@@ -147,6 +147,7 @@ def inspect_checkpoint(
 def _to_go_on(folder: Path, recipe: Recipe) -> list[str]:
     """Overrides that train an exported network further on the same data."""
     data = (
+        "task",
         "source",
         "config",
         "train_split",

@@ -59,8 +59,11 @@ def measure_best(
     record.note_recalibration(reports.values(), recipe.recalibrate.data, "end")
     for line in told(reports, recipe.recalibrate.data):
         say(line)
-    if reports and trainer.accelerator.is_main_process:
-        setup.export(network, folder, record.statistics)
+    if reports:
+        # scores have changed, by which thresholds of labels are chosen
+        cuts = measurer.measure(network, trainer.loaders.val).thresholds if recipe.is_multilabel else ()
+        if trainer.accelerator.is_main_process:
+            setup.export(network, folder, record.statistics, cuts)
     mistakes = Mistakes() if recipe.run.report else None
     after = measurer.measure_all(network, mistakes, final=True)
     drift = measurer.report_drift(network) if mistakes is not None else None

@@ -70,14 +70,13 @@ class Pauses:
         self._note(network, metrics, better)
         self.list_unreadable()
         if better and self.accelerator.is_main_process:
-            self.setup.export(network, self.folder, self.record.statistics)
+            self.setup.export(network, self.folder, self.record.statistics, metrics.thresholds)
 
     def _compare(self, network: nn.Module, metrics: Metrics) -> bool:
         """Whether a network is the best so far; one that holds a value which is not finite never is."""
         progress, recipe = self.trainer.progress, self.trainer.recipe
-        metric = recipe.checkpoint.metric
-        value = metrics.scalars()[metric]
-        better = progress.take_score(metric, value, metrics.loss, sound=_is_finite(network))
+        value = metrics.scalars()[recipe.best_metric]
+        better = progress.take_score(recipe.best_metric, value, metrics.loss, sound=_is_finite(network))
         progress.stopped = progress.stale >= (recipe.train.early_stop or float("inf"))
         return better
 
@@ -92,7 +91,7 @@ class Pauses:
             path = self.folder.path / METRICS
             with in_words(f"{path}"):
                 append_line(path, record)
-        self.say(_line(record, better))
+        self.say(_line(record, metrics.headline, better))
         if progress.skipped > self.told_skipped:
             self.say(f"skipped {progress.skipped - self.told_skipped} updates: loss or gradient was not finite")
         self.told_skipped = progress.skipped
@@ -143,9 +142,9 @@ def _is_finite(network: nn.Module) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in (*network.parameters(), *statistics))
 
 
-def _line(record: dict[str, Any], better: bool) -> str:
+def _line(record: dict[str, Any], headline: str, better: bool) -> str:
     trained = "" if record["train_loss"] is None else f"  training loss {record['train_loss']:.3f}"
     return (
         f"epoch {record['epoch']:>3}  update {record['update']:>5}{trained}  validation loss {record['loss']:.3f}"
-        f"  top-1 {record['top1']:.1%}{'  best' if better else ''}"
+        f"  {headline}{'  best' if better else ''}"
     )

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bnfinetune.bn.statistics.report import PreciseBNReport
-from bnfinetune.training.measuring.metrics import Metrics
+from bnfinetune.training.measuring.metrics import Metrics, restored_metrics
 
 
 @dataclass
@@ -40,4 +40,4 @@ class Record:
         """Go back to what `state` returned; the fingerprint stays that of the data as it is."""
         self.history[:] = saved["history"]
         self.statistics = {**saved["source"], "fingerprint": self.statistics["fingerprint"]}
-        self.before = {name: Metrics(**values) for name, values in saved["before"].items()}
+        self.before = {name: restored_metrics(values) for name, values in saved["before"].items()}

@@ -1,4 +1,8 @@
-"""Which columns hold images and labels, and labels as class numbers that all splits agree on."""
+"""Which columns hold images and labels, and labels as class numbers that all splits agree on.
+
+Labels of several images are an array of class numbers, of shape `(rows,)`, or, where an image may have any number of
+them (`data.task=multilabel`), of 0 and 1, of shape `(rows, classes)`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ import numpy as np
 from bnfinetune.errors import DataError
 from bnfinetune.recipe import Data
 from bnfinetune.training.data.hints import did_you_mean, listed
-from bnfinetune.training.data.stratify import Indices
+from bnfinetune.training.data.stratify import Indices, Labels, class_counts
 
 LABEL_NAMES: Final = ("label", "labels", "class", "cls", "target", "category", "fine_label", "class_name", "label_name")
 """Names that a column of labels is known by where its type does not tell, the likeliest first."""
@@ -30,7 +34,8 @@ def find_columns(features: Mapping[str, Any], data: Data, where: str) -> tuple[s
     """
     image = _column("data.image_column", data.image_column, _image_candidates(features), features, where)
     others = {name: feature for name, feature in features.items() if name != image}
-    return image, _column("data.label_column", data.label_column, _label_candidates(others), features, where)
+    candidates = _label_candidates(others, several=data.task == "multilabel")
+    return image, _column("data.label_column", data.label_column, candidates, features, where)
 
 
 def _column(key: str, named: str | None, candidates: Sequence[str], features: Mapping[str, Any], where: str) -> str:
@@ -58,7 +63,11 @@ def _holds_files(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in _BINARY
 
 
-def _label_candidates(features: Mapping[str, Any]) -> list[str]:
+def _label_candidates(features: Mapping[str, Any], *, several: bool) -> list[str]:
+    lists = [name for name, feature in features.items() if several and is_list(feature) and _is_plain(element(feature))]
+    if lists:
+        named = known_label(lists)
+        return lists if named is None else [named]
     typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     if len(typed) == 1:
         return typed
@@ -73,8 +82,22 @@ def known_label(columns: Collection[str]) -> str | None:
 
 
 def _lone_value(features: Mapping[str, Any]) -> list[str]:
-    """The only other column, if it holds one plain value per image."""
-    return [name for name, feature in features.items() if isinstance(feature, datasets.Value) and len(features) == 1]
+    """The only other column, if it holds plain values."""
+    return [name for name, feature in features.items() if _is_plain(element(feature)) and len(features) == 1]
+
+
+def _is_plain(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value | datasets.ClassLabel)
+
+
+def is_list(feature: Any) -> bool:
+    """Whether a column holds a list per image."""
+    return isinstance(feature, datasets.List | datasets.LargeList)
+
+
+def element(feature: Any) -> Any:
+    """What a column holds, or what is in its lists."""
+    return feature.feature if is_list(feature) else feature
 
 
 @dataclass(frozen=True)
@@ -92,6 +115,8 @@ class Coding:
     @classmethod
     def of_feature(cls, feature: Any, declared: tuple[str, ...] | int | None, where: str) -> Coding | None:
         """The coding that a column's type or `data.classes` tells; None if only the values themselves can."""
+        if is_list(feature) and _is_plain(element(feature)):
+            raise DataError(f"{where} holds lists: data.task=multilabel reads any number of labels per image")
         if isinstance(feature, datasets.ClassLabel):
             return cls.of_names(feature.names)
         dtype = getattr(feature, "dtype", None)
@@ -144,14 +169,24 @@ class Coding:
 
 
 def column_values(split: Any, column: str) -> list[Any]:
-    """The labels of a split as plain values: names for a `ClassLabel`, None where there is no label (null or -1)."""
+    """The labels of a split as plain values, or lists of them: names for a `ClassLabel`, None where there is none.
+
+    There is none where the column has null, or the number -1 of a `ClassLabel`.
+    """
     feature = split.features[column]
-    table = split.select_columns([column]).with_format("arrow")[:][column]
-    values: list[Any] = table.to_pylist()
-    if isinstance(feature, datasets.ClassLabel):
-        names = (*map(one_spelling, feature.names), None)  # -1, which means unlabelled, is the last
-        return [None if value is None else names[value] for value in values]
-    return [one_spelling(value) if isinstance(value, str) else value for value in values]
+    inner = element(feature)
+    # -1, which means unlabelled, is the last
+    names = (*map(one_spelling, inner.names), None) if isinstance(inner, datasets.ClassLabel) else ()
+
+    def plain(value: Any) -> Any:
+        if names:
+            return None if value is None else names[value]
+        return one_spelling(value) if isinstance(value, str) else value
+
+    values = _arrow(split, column).to_pylist()
+    if is_list(feature):
+        return [None if value is None else [plain(each) for each in value] for value in values]
+    return [plain(value) for value in values]
 
 
 def one_spelling(name: str) -> str:
@@ -165,18 +200,35 @@ def numbers_as_named(names: Sequence[str], numbers: Collection[int]) -> list[Any
     return [written.get(name, name) for name in names]
 
 
-def column_numbers(split: Any, column: str) -> Indices:
-    """The class numbers of a split whose labels are encoded, of shape `(rows,)`."""
-    table = split.select_columns([column]).with_format("arrow")[:][column]
-    return np.asarray(table.to_numpy(), dtype=np.int64)
+def column_numbers(split: Any, column: str) -> Labels:
+    """The labels of a split as `with_labels` wrote them."""
+    feature, table = split.features[column], _arrow(split, column)
+    if not is_list(feature):
+        return np.asarray(table.to_numpy(), dtype=np.int64)
+    table = table.combine_chunks()
+    hot = np.zeros((len(table), len(feature.feature.names)), dtype=np.uint8)
+    hot[np.repeat(np.arange(len(table)), table.value_lengths().fill_null(0).to_numpy()), table.flatten().to_numpy()] = 1
+    return hot
 
 
-def with_labels(split: Any, column: str, classes: tuple[str, ...], labels: Indices) -> Any:
-    """The split with its labels as a `ClassLabel` column over `classes`."""
-    feature = datasets.ClassLabel(names=list(classes))
+def _arrow(split: Any, column: str) -> Any:
+    """A column as pyarrow has it, of the rows that the split selects."""
+    return split.select_columns([column]).with_format("arrow")[:][column]
+
+
+def with_labels(split: Any, column: str, classes: tuple[str, ...], labels: Labels) -> Any:
+    """The split with its labels as a column of `ClassLabel`, or of lists of it, over `classes`."""
+    feature = label_feature(classes, several=labels.ndim == 2)
     if split.features[column] == feature:
         return split
-    return split.remove_columns(column).add_column(column, labels, feature=feature)
+    values = [np.flatnonzero(row) for row in labels] if labels.ndim == 2 else labels
+    return split.remove_columns(column).add_column(column, values, feature=feature)
+
+
+def label_feature(classes: Sequence[str], *, several: bool) -> Any:
+    """The type of a column of labels over `classes`."""
+    feature = datasets.ClassLabel(names=list(classes))
+    return datasets.List(feature) if several else feature
 
 
 def check_labelled(values: Sequence[Any], where: str) -> None:
@@ -187,11 +239,11 @@ def check_labelled(values: Sequence[Any], where: str) -> None:
         raise DataError(f"{where}: {missing} of {len(values)} images have no label, the first in row {first}")
 
 
-def check_classes(classes: tuple[str, ...], labels: Indices, where: str) -> None:
-    """Raise a `DataError` unless there are two classes or more, each with an image."""
-    if len(classes) < 2:
+def check_classes(classes: tuple[str, ...], labels: Labels, where: str) -> None:
+    """Raise a `DataError` unless there are two classes or more, each with an image; one will do of several labels."""
+    if len(classes) < 2 and labels.ndim == 1:
         raise DataError(f"{where} has one class only, {listed(classes)}: classification needs two or more")
-    empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
+    empty = np.flatnonzero(class_counts(labels, len(classes)) == 0)
     if len(empty):
         names = listed(classes[number] for number in empty)
         raise DataError(f"{where} has no training image of the class {names}: add images or drop the class")

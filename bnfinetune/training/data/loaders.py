@@ -126,7 +126,7 @@ class ImageLoader(DataLoader[Any]):
         self._running = self._iterator = None
 
     def emit(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Images of shape `(B, C, H, W)`, labels of shape `(B,)` and, where images have domains, their numbers (B,)."""
+        """Images (B, C, H, W), labels (B,) or (B, classes) and, where images have domains, their numbers (B,)."""
         return (batch.images, batch.labels) if batch.domains is None else (batch.images, batch.labels, batch.domains)
 
 
@@ -174,7 +174,7 @@ class EvalLoader(ImageLoader):
     """The images of this rank, each once over all ranks: batches are images, labels and their indices in the split."""
 
     def emit(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Images of shape `(B, C, H, W)`, labels of shape `(B,)` and indices of shape `(B,)`."""
+        """Images of shape `(B, C, H, W)`, labels of shape `(B,)` or `(B, classes)`, and indices of shape `(B,)`."""
         return batch.images, batch.labels, batch.indices
 
 

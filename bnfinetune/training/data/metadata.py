@@ -50,17 +50,44 @@ def read_metadata(root: Path, data: Data) -> dict[str, datasets.Dataset] | None:
         listed_here = _useful(file, data)
         if listed_here is None:
             continue
-        for split, row in ((_split_of(row[_FILE]) if at_root else folder.name, row) for row in listed_here):
+        names = [_split_of(row[_FILE]) if at_root else folder.name for row in listed_here]
+        if None in names and WHOLE not in names:
+            names = [WHOLE] * len(names)  # some only seem to tell a split
+        for split, row in zip(names, listed_here, strict=True):
             rows.setdefault(split or WHOLE, []).append(_located(row, folder))
     if not rows:
         return None
-    if WHOLE in rows and len(rows) > 1 and not any(_split_of(row[_FILE]) for row in rows[WHOLE]):
-        rows = {WHOLE: [row for part in rows.values() for row in part]}  # some names only seem to tell a split
+    rows = {split: _one_row_each(part, data, root) for split, part in rows.items()}
     known = {row[IMAGE] for part in rows.values() for row in part}
     unlisted = sum(str(path) not in known for path in images_below(root))
     if unlisted:
         note(f"data.source: {unlisted} images of {printable(root)} are not listed in its metadata and are passed over")
     return {split: _table(part, root) for split, part in rows.items()}
+
+
+def _one_row_each(rows: list[Row], data: Data, root: Path) -> list[Row]:
+    """Of images that several rows list with a label each, one row with the list of them.
+
+    Raises:
+        DataError: Rows of one image have several labels, and `data.task` is not `multilabel`.
+    """
+    by_image: dict[str, list[Row]] = {}
+    for row in rows:
+        by_image.setdefault(row[IMAGE], []).append(row)
+    columns = [name for name in rows[0] if name not in (_FILE, IMAGE)]
+    label = data.label_column or known_label(columns) or next((name for name in columns if len(columns) == 1), "")
+    if len(by_image) == len(rows) or label not in columns:
+        return rows
+    sets = {image: [row[label] for row in same if row.get(label) is not None] for image, same in by_image.items()}
+    if data.task == "multilabel":
+        return [{**same[0], label: sets[image]} for image, same in by_image.items()]
+    for image, labels in sets.items():
+        if any(each != labels[0] for each in labels):
+            raise DataError(
+                f"data.source: the metadata of {printable(root)} gives {printable(Path(image))} the labels "
+                f"{listed(labels)}: data.task=multilabel reads any number of labels per image"
+            )
+    return rows
 
 
 def _useful(file: Path, data: Data) -> list[Row] | None:

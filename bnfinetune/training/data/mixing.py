@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 
@@ -31,14 +32,14 @@ class SeededMixup:
 
         Args:
             images: Of shape `(size, channels, height, width)`; changed.
-            labels: Class numbers, of shape `(size,)`.
+            labels: Class numbers, of shape `(size,)`, or labels of 0 and 1, of shape `(size, num_classes)`.
             epoch: Pass over the data that the batch belongs to.
             batch: Its number in the pass.
             domains: Domain number of each image, of shape `(size,)`; each domain is then mixed by itself, since what
                 is half of another domain would enter the wrong statistics.
 
         Returns:
-            The images, and soft targets of shape `(size, num_classes)`, smoothed.
+            The images, and soft targets of shape `(size, num_classes)`, of class numbers smoothed.
         """
         state = np.random.get_state()
         np.random.seed(derive_seed(self.seed, _MIXING, epoch, batch, self.rank) & 0xFFFFFFFF)
@@ -58,6 +59,8 @@ class SeededMixup:
     def _mix(self, images: Tensor, labels: Tensor) -> Tensor:
         """Mix images with their own reverse, in place, and give their targets."""
         share = self.mixup._mix_batch(images)
+        if labels.ndim == 2:
+            return torch.lerp(labels.flip(0).to(images.dtype), labels.to(images.dtype), share)
         targets: Tensor = mixup_target(labels, self.mixup.num_classes, share, self.mixup.label_smoothing)
         return targets
 

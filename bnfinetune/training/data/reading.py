@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from bnfinetune.errors import DataError
 from bnfinetune.training.data.images import open_image
-from bnfinetune.training.data.labels import column_numbers
+from bnfinetune.training.data.labels import column_numbers, is_list
 from bnfinetune.training.data.levels import Levels
 from bnfinetune.training.data.readable import image_name, original_row
 from bnfinetune.training.data.sampling import Pick
@@ -34,6 +34,7 @@ T = TypeVar("T", Image.Image, NDArray[np.uint8])
 class Batch(NamedTuple):
     """What a loader process sends: images, labels, their indices, and the unreadable images it met.
 
+    Labels are class numbers (B,), or of 0 and 1 (B, classes) where an image may have any number of them.
     Images are bytes that the transform's `finish` makes floats of on the device; floats where parts of them are erased.
     """
 
@@ -86,6 +87,8 @@ class ImageReader(Dataset[Any]):
         self.image_column, self.label_column = columns
         self.split = None if isinstance(split, IterableDataset) else split
         self.labels = None if self.split is None else column_numbers(split, self.label_column)
+        feature = split.features[self.label_column]
+        self.classes = len(feature.feature.names) if is_list(feature) else None  # of an image of any number of them
         self.transform, self.where, self.max_pixels, self.seed, self.skip = transform, where, max_pixels, seed, skip
         self.domains, self.levels = domains, levels
         self.memory = _Memory(len(split) if in_memory and self.split is not None else 0)
@@ -112,7 +115,7 @@ class ImageReader(Dataset[Any]):
             for image, pick in zip(images, used, strict=True):
                 seed_draws(derive_seed(self.seed, _ERASING, pick.epoch, pick.number))
                 self.transform.erase(image)
-        labels = torch.tensor([self._label(pick) for pick in used], dtype=torch.int64)
+        labels = torch.from_numpy(np.array([self._label(pick) for pick in used]))
         numbers = [pick.number for pick in used]
         domains = None if self.domains is None else torch.from_numpy(self.domains[numbers])
         return Batch(images, labels, torch.tensor(numbers, dtype=torch.int64), skipped, domains)
@@ -159,13 +162,15 @@ class ImageReader(Dataset[Any]):
         where = image_name(raw, row, self.where)
         return open_image(raw, where, self.max_pixels, self.transform.shortest, self.levels)
 
-    def _label(self, pick: Pick) -> int:
+    def _label(self, pick: Pick) -> Any:
+        """The class number of an image, or its labels as 0 and 1, of shape `(classes,)`."""
         if self.labels is not None:
-            return int(self.labels[pick.number])
+            return self.labels[pick.number]
         label = (pick.row or {}).get(self.label_column)
-        if label is None or label < 0:
+        numbers = (label or []) if self.classes else [-1 if label is None else label]
+        if min(numbers, default=0) < 0:
             raise DataError(f"the image in row {pick.number} of {self.where} has no label")
-        return int(label)
+        return numbers[0] if self.classes is None else np.isin(np.arange(self.classes), numbers).astype(np.uint8)
 
 
 class _Memory:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,20 +19,24 @@ from bnfinetune.notes import note
 from bnfinetune.recipe import Data
 from bnfinetune.source_paths import DEMOS
 from bnfinetune.training.data.hints import did_you_mean, listed
+from bnfinetune.training.data.label_sets import label_sets, multi_hot, note_separated
 from bnfinetune.training.data.labels import (
     Coding,
     check_classes,
     check_labelled,
     column_numbers,
     column_values,
+    element,
     find_columns,
+    is_list,
+    label_feature,
     with_labels,
 )
 from bnfinetune.training.data.levels import Levels
 from bnfinetune.training.data.readable import find_levels, unreadable_images
 from bnfinetune.training.data.sources import open_source
 from bnfinetune.training.data.split_names import split_role
-from bnfinetune.training.data.stratify import Indices, hold_out, subset
+from bnfinetune.training.data.stratify import Indices, Labels, class_counts, hold_out, subset
 
 _STREAM_SHARDS = 64  # of a set that could be counted but is read as a stream
 _FINGERPRINT_IMAGES = 64  # per split, evenly spaced
@@ -47,7 +52,7 @@ class ImageSplits:
         test: Split that is only measured, or None.
         class_names: Names by class number, as they stand in the data: never use one as a path.
         image_column: Column of images in every split.
-        label_column: Column of class numbers in every split.
+        label_column: Column of class numbers, or of lists of them, in every split.
         source: Where they come from, as the recipe says it.
         names: What `train`, `val` and `test` are called there.
         skipped: Unreadable images left out by `data.on_error=skip`, as far as they were found before training.
@@ -164,10 +169,10 @@ def load_splits(data: Data, seed: int, *, network: Network | None = None, whole:
 
 
 class _Part(NamedTuple):
-    """A split and its labels, of shape `(rows,)`."""
+    """A split and its labels."""
 
     split: Any
-    labels: Indices
+    labels: Labels
 
     def select(self, rows: Indices) -> _Part:
         return _Part(self.split.select(rows), self.labels[rows])
@@ -238,7 +243,7 @@ def _note_left_over(opened: Mapping[str, Any], names: Mapping[str, str], data: D
 
 def _note_absent(parts: Mapping[str, _Part], classes: tuple[str, ...], where: Mapping[str, str]) -> None:
     for role, part in parts.items():
-        absent = [name for number, name in enumerate(classes) if number not in set(part.labels.tolist())]
+        absent = [classes[number] for number in np.flatnonzero(class_counts(part.labels, len(classes)) == 0)]
         if absent:
             note(f"{where[role]} has no image of the class {listed(absent, 3)}")
 
@@ -268,22 +273,30 @@ def _encode_labels(
     """Class numbers that all splits agree on; a test split that nobody asked for and that has no labels is dropped."""
     column = {role: f"column {label!r} of {where[role]}" for role in splits}
     values = {role: column_values(split, label) for role, split in splits.items()}
-    if "test" in values and data.test_split is None and all(value is None for value in values["test"]):
+    if "test" in values and data.test_split is None and all(value is None or value == [] for value in values["test"]):
         note(f"{where['test']} has no labels: its {len(values['test'])} images are passed over")
         del values["test"]
-    for role in values:
-        check_labelled(values[role], column[role])
-    coding = Coding.of_feature(splits["train"].features[label], data.classes, column["train"])
+    several, feature = data.task == "multilabel", splits["train"].features[label]
+    if several:
+        values = label_sets(values, column)
+    else:
+        for role in values:
+            check_labelled(values[role], column[role])
+    coding = Coding.of_feature(element(feature) if several else feature, data.classes, column["train"])
+    single = {role: [*chain.from_iterable(part)] if several else part for role, part in values.items()}
     if network is not None and network.class_names:
-        every = [value for part in values.values() for value in part]
+        every = [*chain.from_iterable(single.values())]
         coding = Coding.of_network(network.class_names, every, data.classes)
         _check_known(coding, every, data.source)
     elif coding is None:
-        coding = Coding.of_values(values["train"])
+        coding = Coding.of_values(single["train"])
     parts = {}
     for role in values:
-        labels = coding.encode(values[role], column[role], where["train"])
+        encode = partial(multi_hot, coding=coding) if several else coding.encode
+        labels = encode(values[role], where=column[role], against=where["train"])
         parts[role] = _Part(with_labels(splits[role], label, coding.classes, labels), labels)
+    if not several:
+        note_separated(coding.classes, column["train"])
     return parts, coding.classes
 
 
@@ -311,20 +324,21 @@ def _readable(part: _Part, image: str, data: Data, where: str, skipped: list[str
 
 
 def _hold_out(part: _Part, classes: tuple[str, ...], data: Data, seed: int) -> tuple[_Part, _Part]:
-    counts = np.bincount(part.labels)
+    counts = class_counts(part.labels)
     if counts.max() == 1:
         raise DataError(
             f"data.val_fraction: each of the {len(classes)} classes has one image, of which none can be held out: add "
             "images, or name a validation split by data.val_split"
         )
-    spent = np.flatnonzero((data.val_fraction * counts > counts - 0.5) & (counts > 1))
+    kept, held = hold_out(part.labels, data.val_fraction, seed)
+    left = class_counts(part.labels[kept], len(counts))
+    spent = np.flatnonzero(((data.val_fraction * counts > counts - 0.5) & (counts > 1)) | ((counts > 0) & (left == 0)))
     if len(spent):
         name, count = classes[spent[0]], counts[spent[0]]
         raise DataError(
             f"data.val_fraction={data.val_fraction:g} leaves the class {name!r} ({count} images) without a training "
             "image: lower it, or name a validation split by data.val_split"
         )
-    kept, held = hold_out(part.labels, data.val_fraction, seed)
     if len(held) == 0:
         raise DataError(
             f"data.val_fraction={data.val_fraction:g} of {len(part.labels)} images holds out none: raise it, to "
@@ -336,13 +350,15 @@ def _hold_out(part: _Part, classes: tuple[str, ...], data: Data, seed: int) -> t
 def _subset(part: _Part, data: Data, seed: int) -> _Part:
     if data.train_samples is None or data.train_samples >= len(part.labels):
         return part
-    classes = len(np.unique(part.labels))
-    if data.train_samples < classes:
+    classes = np.count_nonzero(class_counts(part.labels))
+    enough = data.train_samples >= classes
+    rows = subset(part.labels, data.train_samples, seed) if enough else np.arange(0)
+    if np.count_nonzero(class_counts(part.labels[rows])) < classes:
         raise DataError(
             f"data.train_samples={data.train_samples} leaves a class without a training image: "
             f"there are {classes} classes"
         )
-    return part.select(subset(part.labels, data.train_samples, seed))
+    return part.select(rows)
 
 
 def _stream_splits(
@@ -360,16 +376,20 @@ def _stream_splits(
         raise DataError(f"{data.source}: a stream needs a validation split of its own, found {listed(names.values())}")
     if data.train_samples is not None:
         raise DataError("data.train_samples cannot be chosen by class from a stream: unset it or data.streaming")
-    coding = Coding.of_feature(splits["train"].features[label], data.classes, where)
+    several, feature = data.task == "multilabel", splits["train"].features[label]
+    if several and not is_list(feature):
+        raise DataError(f"{where} holds no lists, which a stream of data.task=multilabel needs: unset data.streaming")
+    coding = Coding.of_feature(element(feature) if several else feature, data.classes, where)
     if network is not None and network.class_names:
         coding = Coding.of_names(network.class_names)
     if coding is None:
         raise DataError(f"{where} does not tell the classes of a stream: set data.classes to their number or names")
-    if len(coding.classes) < 2:
+    if len(coding.classes) < 2 and not several:
         raise DataError(f"{where} has one class only, {listed(coding.classes)}: classification needs two or more")
-    feature = datasets.ClassLabel(names=list(coding.classes))
+    feature = label_feature(coding.classes, several=several)
     for role, split in splits.items():
-        if isinstance(split.features[label], datasets.ClassLabel) and split.features[label] != feature:
+        found = split.features[label]
+        if isinstance(element(found), datasets.ClassLabel) and found != feature:
             raise DataError(f"split {names[role]!r} of {data.source} has other classes than split {names['train']!r}")
     cast = {role: split.cast_column(label, feature) for role, split in splits.items()}
     levels = network.levels if network is not None else {}

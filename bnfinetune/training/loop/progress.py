@@ -45,7 +45,7 @@ class Progress:
         """Whether an evaluation is the best so far; of equal ones, the one of lower loss is.
 
         Args:
-            metric: `checkpoint.metric`.
+            metric: `checkpoint.metric`, or the task's own.
             value: Its value.
             loss: The validation loss.
             sound: Whether all that the network holds is finite; if not, or if value or loss are not, it never is best.

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -29,6 +28,7 @@ from bnfinetune.training.data.mixing import build_mixup
 from bnfinetune.training.loop.folding import Folding
 from bnfinetune.training.loop.gradients import Batch, Gradients, refuse_batch_statistics
 from bnfinetune.training.loop.guard import StepGuard, gradient_norm
+from bnfinetune.training.loop.losses import build_loss
 from bnfinetune.training.loop.nonfinite import likely_cause
 from bnfinetune.training.loop.phases import Phase, planned_phases
 from bnfinetune.training.loop.progress import Progress, rhythm_of, total_updates
@@ -91,10 +91,7 @@ class Trainer:
             seed=self.recipe.run.seed,
             rank=self.accelerator.process_index,
         )
-        # timm's mixup smooths the labels itself
-        self.loss_of = (
-            SoftTargetCrossEntropy() if self.mixup else nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
-        )
+        self.loss_of = build_loss(self.recipe, mixed=self.mixup is not None)
         self._set_up_step()
 
     def _set_up_step(self) -> None:

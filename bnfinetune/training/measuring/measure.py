@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,30 +28,26 @@ from bnfinetune.training.data.loaders import ImageLoader
 from bnfinetune.training.data.splits import ImageSplits, Network
 from bnfinetune.training.failures import SharedFailures
 from bnfinetune.training.launch import TIMEOUT_MINUTES, on_main, start_accelerator
-from bnfinetune.training.measuring.metrics import Metrics, Tally
+from bnfinetune.training.measuring.metrics import LabelTally, Metrics, Tally, new_tally
 from bnfinetune.training.measuring.mistakes import Mistakes
 from bnfinetune.training.network.backbone import input_config
 from bnfinetune.training.network.norms import CONFIG_KEY, rebuild_norms
 from bnfinetune.training.network.shapes import input_format
-from bnfinetune.training.saving.export import RECIPE, WEIGHTS, load_weights
+from bnfinetune.training.saving.export import RECIPE, WEIGHTS, load_weights, stated_thresholds
 from bnfinetune.training.saving.provenance import check_provenance, stated_levels
 
 
 def measure(
     model: nn.Module,
     loader: Any,
-    num_classes: int,
+    tally: Tally | LabelTally,
     accelerator: Accelerator,
     mistakes: Mistakes | None = None,
-    *,
-    confusion: bool = True,
 ) -> Metrics:
     """Metrics of `model` over `loader`, of which each rank holds a disjoint share; `mistakes` keeps the worst of it.
 
-    Which class is taken for which is left out without `confusion`. The bare model is called, never its DDP wrapper, so
-    ranks may hold different numbers of batches.
+    The bare model is called, never its DDP wrapper, so ranks may hold different numbers of batches.
     """
-    tally = Tally(num_classes, accelerator.device, confusion=confusion)
     memory_format = input_format(model)
     # no inference mode: entropy minimisation at test time takes gradients
     with evaluation_mode(model), torch.no_grad(), accelerator.autocast():
@@ -125,6 +122,10 @@ class Exported(NamedTuple):
             )
         return splits
 
+    def thresholds(self) -> Sequence[float]:
+        """The probabilities from which on each class is predicted, as rank 0 reads them."""
+        return on_main(self.accelerator, lambda: exported_thresholds(self.folder, self.model.num_classes))
+
 
 def evaluate_checkpoint(checkpoint: str, overrides: Sequence[str] = ()) -> dict[str, Metrics]:
     """Measure an exported network on a data set; `bnfinetune evaluate` calls this.
@@ -147,14 +148,23 @@ def evaluate_checkpoint(checkpoint: str, overrides: Sequence[str] = ()) -> dict[
     shown = {"validation": splits.measured_as}
     if "data.source" in override_keys(overrides):
         _note_what_is_measured(splits, on_main(accelerator, lambda: checkpoint_recipe(checkpoint)[1].data.source))
+    cuts = exported.thresholds() if recipe.is_multilabel else None
+    tally = partial(new_tally, model.num_classes, accelerator.device, multilabel=recipe.is_multilabel, thresholds=cuts)
     loaders = recipe_loaders(recipe, splits, input_config(model, None), accelerator)
     with closing(loaders), SharedFailures(TIMEOUT_MINUTES):
         return {
-            shown.get(name, name): measure(
-                adapted(model, recipe, loaders.targets[name]), loader, model.num_classes, accelerator
-            )
+            shown.get(name, name): measure(adapted(model, recipe, loaders.targets[name]), loader, tally(), accelerator)
             for name, loader in loaders.measured.items()
         }
+
+
+def exported_thresholds(folder: Path, num_classes: int) -> Sequence[float]:
+    """The probabilities from which on the network of a folder predicts each class; 1/2 where the folder tells none."""
+    stated = stated_thresholds(folder)
+    if len(stated) == num_classes:
+        return stated
+    note(f"{folder} tells no thresholds of data.task=multilabel: a class is predicted from a probability of 0.5 on")
+    return [0.5] * num_classes
 
 
 def _note_what_is_measured(splits: ImageSplits, trained_on: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
@@ -16,7 +17,7 @@ from bnfinetune.training.launch import on_main
 from bnfinetune.training.loop.memory import enough_memory
 from bnfinetune.training.measuring.drift_meter import DriftMeter
 from bnfinetune.training.measuring.measure import adapted, measure
-from bnfinetune.training.measuring.metrics import Metrics
+from bnfinetune.training.measuring.metrics import Metrics, new_tally
 from bnfinetune.training.measuring.mistakes import Mistakes
 from bnfinetune.training.measuring.recalibrate import recalibrate
 
@@ -41,30 +42,34 @@ class Measurer:
         self.drift_at_start = self._meter.start
 
     def measure(
-        self, network: nn.Module, loader: EvalLoader, mistakes: Mistakes | None = None, *, confusion: bool = False
+        self, network: nn.Module, loader: EvalLoader, mistakes: Mistakes | None = None, **counted: Any
     ) -> Metrics:
-        """Metrics over the images of a loader; `mistakes` keeps the worst of it."""
+        """Metrics over the images of a loader, of which `mistakes` keeps the worst; `counted` goes to `new_tally`."""
+        options = {"confusion": False, "multilabel": self.recipe.is_multilabel, **counted}
+        tally = new_tally(self.num_classes, self.accelerator.device, **options)
         with self._enough_memory():
-            return measure(network, loader, self.num_classes, self.accelerator, mistakes, confusion=confusion)
+            return measure(network, loader, tally, self.accelerator, mistakes)
 
     def measure_all(
         self, network: nn.Module, mistakes: Mistakes | None = None, *, final: bool = False
     ) -> dict[str, Metrics]:
         """Metrics by split; `mistakes` are those on the last.
 
-        Of the final network, with confusion, and adapted to each split as `evaluate.adapt` says.
+        Of the final network, with confusion, and adapted to each split as `evaluate.adapt` says. Thresholds of labels
+        are chosen on validation.
         """
         measured, targets = self.loaders.measured, self.loaders.targets
         last = list(measured)[-1]
-        return {
-            name: self.measure(
+        found: dict[str, Metrics] = {}
+        for name, loader in measured.items():
+            found[name] = self.measure(
                 adapted(network, self.recipe, targets[name]) if final else network,
                 loader,
                 mistakes if name == last else None,
                 confusion=final,
+                thresholds=found["validation"].thresholds if found else None,
             )
-            for name, loader in measured.items()
-        }
+        return found
 
     def recalibrate(self, moment: str, networks: Mapping[str, nn.Module]) -> dict[str, PreciseBNReport]:
         """Compute statistics anew if the recipe asks for it at this moment; what came of it, by network."""

@@ -26,24 +26,25 @@ class Mistake(NamedTuple):
     """A wrongly classified image.
 
     Attributes:
-        likelihood: probability that the network gives the true class.
-        confidence: probability that it gives the class it predicts.
-        label: the true class.
-        predicted: the predicted class.
+        likelihood: probability that the network gives to what is true: to the true class or, of several labels, to the
+            one that it gets most wrong being as it is.
+        confidence: probability that it gives to `predicted`.
+        predicted: the predicted class or, of several labels, the one in question: if among `labels`, it is missed.
         number: the image's place in its split.
+        labels: the true classes.
         image: what the network saw, shape (C, H, W), on the CPU.
     """
 
     likelihood: float
     confidence: float
-    label: int
     predicted: int
     number: int
+    labels: tuple[int, ...]
     image: Tensor
 
 
 class Mistakes:
-    """Keeps the images of a split whose true class the network finds least likely, as they are measured.
+    """Keeps the images of a split whose labels the network finds least likely, as they are measured.
 
     Args:
         kept: how many at most.
@@ -55,14 +56,14 @@ class Mistakes:
 
     @torch.no_grad()
     def add(self, images: Tensor, logits: Tensor, labels: Tensor, indices: Tensor) -> None:
-        """Looks at one batch: images (B, C, H, W), logits (B, classes), labels and indices (B,)."""
-        shares = logits.float().softmax(1)
-        confidence, predicted = shares.max(1)
-        likelihood = shares.gather(1, labels[:, None]).squeeze(1)
-        wrong = (predicted != labels).nonzero().flatten()
-        chosen = wrong[likelihood[wrong].argsort(stable=True)[: self._kept]]
-        columns = (likelihood, confidence, labels, predicted, indices.to(labels.device))
-        rows = zip(*(column[chosen].tolist() for column in columns), images[chosen].float().cpu(), strict=True)
+        """Looks at one batch: images (B, C, H, W), logits (B, classes), labels (B,) or (B, classes), indices (B,)."""
+        several = labels.ndim == 2
+        likelihood, confidence, predicted, wrong = (_judge_labels if several else _judge_class)(logits.float(), labels)
+        found = wrong.nonzero().flatten()
+        chosen = found[likelihood[found].argsort(stable=True)[: self._kept]]
+        true = [tuple(row.nonzero().flatten().tolist()) if several else (int(row),) for row in labels[chosen].cpu()]
+        columns = (likelihood, confidence, predicted, indices.to(labels.device))
+        rows = zip(*(column[chosen].tolist() for column in columns), true, images[chosen].float().cpu(), strict=True)
         self._keep([*self.worst, *(Mistake(*row) for row in rows)])
 
     def merge(self) -> None:
@@ -71,6 +72,27 @@ class Mistakes:
 
     def _keep(self, found: Sequence[Mistake]) -> None:
         self.worst = sorted(found, key=lambda each: (each.likelihood, each.number))[: self._kept]
+
+
+Judged = tuple[Tensor, Tensor, Tensor, Tensor]  # likelihood, confidence, predicted class, whether wrong, each (B,)
+
+
+def _judge_class(logits: Tensor, labels: Tensor) -> Judged:
+    shares = logits.softmax(1)
+    confidence, predicted = shares.max(1)
+    return _at(shares, labels), confidence, predicted, predicted != labels
+
+
+def _judge_labels(logits: Tensor, labels: Tensor) -> Judged:
+    """By the label of each image that is furthest from what the network thinks."""
+    shares = logits.sigmoid()
+    gap, predicted = (shares - labels).abs().max(1)
+    return 1 - gap, _at(shares, predicted), predicted, gap > 0.5
+
+
+def _at(values: Tensor, classes: Tensor) -> Tensor:
+    """Of each row, the value of its class."""
+    return values.gather(1, classes[:, None]).squeeze(1)
 
 
 def pictures(
@@ -87,11 +109,29 @@ def pictures(
     return tuple(
         Picture(
             _png(each.image, data_config),
-            title=class_names[each.label],
-            lines=(f"taken for {class_names[each.predicted]}, {each.confidence:.0%}", image_label(reader, each.number)),
+            title=", ".join(class_names[label] for label in each.labels) or "no label",
+            lines=(
+                f"{_fault(each)} {class_names[each.predicted]}, {each.confidence:.0%}",
+                image_label(reader, each.number),
+            ),
         )
         for each in worst
     )
+
+
+def told(worst: Sequence[Mistake], reader: Any, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Mistakes in names and numbers: the true `classes`, and the one that is `taken_for` them, or is `missed`."""
+    return [
+        {"image": image_label(reader, each.number)}
+        | {"classes": [class_names[label] for label in each.labels]}
+        | {_fault(each).replace(" ", "_"): class_names[each.predicted]}
+        | {"likelihood": each.likelihood, "confidence": each.confidence}
+        for each in worst
+    ]
+
+
+def _fault(mistake: Mistake) -> str:
+    return "missed" if mistake.predicted in mistake.labels else "taken for"
 
 
 def image_label(reader: Any, index: int) -> str:

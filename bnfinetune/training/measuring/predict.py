@@ -1,4 +1,4 @@
-"""Classes of single images, from an exported folder alone."""
+"""Classes of single images, one each or any number of them, from an exported folder alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bnfinetune.training.data.images import open_image, wide_extremes
 from bnfinetune.training.data.levels import Levels, levels_of
 from bnfinetune.training.data.transforms import build_transforms
 from bnfinetune.training.data.walking import PassedOver, images_below, printable
-from bnfinetune.training.measuring.measure import checkpoint_recipe, load_exported
+from bnfinetune.training.measuring.measure import checkpoint_recipe, exported_thresholds, load_exported
 from bnfinetune.training.network.backbone import input_config
 from bnfinetune.training.saving.provenance import stated_levels
 
@@ -38,6 +38,8 @@ def predict(checkpoint: str, paths: Sequence[str], top: int = 5) -> Iterator[dic
 
     Yields:
         `{"path": ..., "label": ..., "probability": ..., "top": [{"label": ..., "probability": ...}, ...]}` per image.
+        Of a network trained with `data.task=multilabel`, `"labels": [{"label": ..., "probability": ...}, ...]` stands
+        in the place of label and probability: all classes from their thresholds on, the likeliest first.
 
     Raises:
         CheckpointError: The folder holds no network.
@@ -50,18 +52,16 @@ def predict(checkpoint: str, paths: Sequence[str], top: int = 5) -> Iterator[dic
     model = load_exported(folder).to(device)
     transform = build_transforms(recipe.data, input_config(model, None)).eval
     names = model.pretrained_cfg.get("label_names") or [str(i) for i in range(model.num_classes)]
+    thresholds = torch.tensor(exported_thresholds(folder, len(names))) if recipe.is_multilabel else None
     levels = stated_levels(folder) or _levels_of(files)
     unreadable: list[str] = []
     read = _readable(files, recipe.data.max_pixels, levels, unreadable)
     size = 1
     while batch := [(file, transform.draw(image)) for file, image in islice(read, size)]:
-        scores = _scores(model, transform.finish(_stacked([pixels for _, pixels in batch]).to(device)))
-        likeliest = scores.topk(min(top, len(names)), dim=1)
-        for (file, _), values, indices in zip(
-            batch, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True
-        ):
-            ranked = [{"label": names[i], "probability": p} for i, p in zip(indices, values, strict=True)]
-            yield {"path": str(file), **ranked[0], "top": ranked}
+        logits = _logits(model, transform.finish(_stacked([pixels for _, pixels in batch]).to(device)))
+        scores = logits.softmax(dim=1) if thresholds is None else logits.sigmoid()
+        for (file, _), probabilities in zip(batch, scores.cpu(), strict=True):
+            yield {"path": str(file), **_answer(probabilities, names, top, thresholds)}
         size = min(2 * size, _BATCH)
     if len(unreadable) == len(files):
         raise DataError(unreadable[0] + (f" (and {len(files) - 1} more, of {len(files)})" if len(files) > 1 else ""))
@@ -82,10 +82,25 @@ def _readable(
                 note(f"predict: {error}")
 
 
-def _scores(model: Any, images: torch.Tensor) -> torch.Tensor:
+def _logits(model: Any, images: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
-        scores: torch.Tensor = model(images).softmax(dim=1)
-    return scores
+        logits: torch.Tensor = model(images)
+    return logits
+
+
+def _answer(
+    probabilities: torch.Tensor, names: Sequence[str], top: int, thresholds: torch.Tensor | None
+) -> dict[str, Any]:
+    """What is told of one image of `probabilities` (classes,)."""
+    order = probabilities.argsort(descending=True, stable=True)
+
+    def guesses(numbers: torch.Tensor) -> list[dict[str, Any]]:
+        return [{"label": names[n], "probability": float(probabilities[n])} for n in numbers.tolist()]
+
+    ranked = guesses(order[:top])
+    if thresholds is None:
+        return {**ranked[0], "top": ranked}
+    return {"labels": guesses(order[(probabilities >= thresholds)[order]]), "top": ranked}
 
 
 def _stacked(pixels: Sequence[NDArray[np.uint8]]) -> torch.Tensor:

@@ -21,7 +21,7 @@ from bnfinetune.training.launch import TIMEOUT_MINUTES, on_main
 from bnfinetune.training.measuring.measure import Exported
 from bnfinetune.training.network.backbone import input_config
 from bnfinetune.training.network.norms import norm_config
-from bnfinetune.training.saving.export import save_export
+from bnfinetune.training.saving.export import save_export, stated_thresholds
 from bnfinetune.training.saving.run_folder import choose_folder
 
 
@@ -93,7 +93,10 @@ def recalibrate_checkpoint(checkpoint: str, out: str, overrides: Sequence[str] =
         "levels": dict(splits.levels),
     }
     about = dump_recipe(recipe), source, norm_config(recipe.model)
-    on_main(accelerator, lambda: save_export(target, model, names, data_config, *about))
+    on_main(
+        accelerator,
+        lambda: save_export(target, model, names, data_config, *about, stated_thresholds(exported.folder)),
+    )
     return report
 
 

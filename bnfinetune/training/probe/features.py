@@ -140,15 +140,15 @@ class Extractor:
 
 
 class TrainFeatures:
-    """A training loader's batches as features (B, F, 1, 1) and labels (B,), in the loader's own order and position.
+    """A training loader's batches as features (B, F, 1, 1) and labels, in the loader's own order and position.
 
     Args:
         loader: Whose order, position and length count.
         features: (views, N, F).
-        labels: (views, N), since a neighbour may stand in for an unreadable image.
+        labels: (views, N) or (views, N, classes), since a neighbour may stand in for an unreadable image.
     """
 
-    def __init__(self, loader: TrainLoader, features: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
+    def __init__(self, loader: TrainLoader, features: NDArray[np.float32], labels: NDArray[Any]) -> None:
         self.loader, self.features, self.labels = loader, features, labels
 
     def __getattr__(self, name: str) -> Any:
@@ -163,7 +163,7 @@ class TrainFeatures:
 
 
 class EvalFeatures:
-    """An evaluation loader's batches as features (B, F, 1, 1), labels (B,) and indices (B,)."""
+    """An evaluation loader's batches as features (B, F, 1, 1), labels and indices (B,)."""
 
     def __init__(self, loader: EvalLoader, extractor: Extractor, arrays: ArrayCache) -> None:
         self.loader = loader
@@ -230,7 +230,11 @@ def _training_features(trainer: Trainer, extractor: Extractor, arrays: ArrayCach
                 rows = [pick.number for pick in batch]
                 features[view, rows], labels[view, rows] = extractor(images), found.numpy()
 
-    shapes = {"features": ((views, count, extractor.width), np.float32), "labels": ((views, count), np.int64)}
+    known = cast(Any, loader.dataset).labels
+    shapes = {
+        "features": ((views, count, extractor.width), np.float32),
+        "labels": ((views, *known.shape), known.dtype),
+    }
     return TrainFeatures(loader, *arrays.shared(name, shapes, fill))
 
 

@@ -17,7 +17,7 @@ from bnfinetune.training.assembly import Assembly
 from bnfinetune.training.ending import Best
 from bnfinetune.training.launch import GlobalBatch
 from bnfinetune.training.loop.trainer import Trainer
-from bnfinetune.training.measuring.mistakes import image_label, pictures
+from bnfinetune.training.measuring.mistakes import pictures, told
 from bnfinetune.training.record import Record
 from bnfinetune.training.saving.atomic import write_json, write_text
 from bnfinetune.training.saving.export import RECIPE
@@ -40,6 +40,7 @@ def write_page(setup: Assembly, folder: RunFolder, record: Record, best: Best, f
         confusion=best.after[last].confusion,
         class_names=class_names,
         per_class=dict(zip(class_names, best.after[last].per_class, strict=True)),
+        thresholds=best.after[last].thresholds,
         mistakes=pictures(worst, reader, class_names, setup.data_config),
         drift=best.drift,
         findings=findings,
@@ -48,12 +49,7 @@ def write_page(setup: Assembly, folder: RunFolder, record: Record, best: Best, f
         command=f"python -m bnfinetune {shlex.quote(f'recipe={folder.path}/{RECIPE}')}",
     )
     write_text(folder.path / "report.html", run_page(story).html())
-    wrong = [
-        {"image": image_label(reader, each.number)}
-        | {"class": class_names[each.label], "taken_for": class_names[each.predicted]}
-        | {"likelihood": each.likelihood, "confidence": each.confidence}
-        for each in worst
-    ]
+    wrong = told(worst, reader, class_names)
     numbers = {"measured_on": last, "most_wrong": wrong, "findings": json.loads(render(findings, "json"))}
     write_json(folder.path / "report.json", numbers | {"bn": None if best.drift is None else best.drift.to_dict()})
 

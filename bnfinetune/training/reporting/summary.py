@@ -24,7 +24,8 @@ from bnfinetune.training.reporting.report_page import write_page
 from bnfinetune.training.saving.atomic import in_words, write_json
 from bnfinetune.training.saving.run_folder import SUMMARY, UNREADABLE, RunFolder
 
-_SHOWN = {"top1": "top-1", "top5": "top-5", "macro_f1": "macro F1", "ece": "ECE", "loss": "loss"}
+_SHARES = {"top1": "top-1", "top5": "top-5", "map": "mAP", "macro_f1": "macro F1", "micro_f1": "micro F1"}
+_SHOWN = _SHARES | {"ece": "ECE", "loss": "loss"}
 _PACKAGES = ("bnfinetune", "torch", "torchvision", "timm", "accelerate", "datasets", "numpy", "safetensors")
 
 
@@ -103,10 +104,12 @@ def metrics_table(rows: Mapping[str, Metrics]) -> Table:
     """One row per measurement, such as `test before` and `test after`."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
-    for column in ("images", *_SHOWN.values()):
+    known = {key for metrics in rows.values() for key in metrics.scalars()}
+    shown = {key: title for key, title in _SHOWN.items() if key in known}
+    for column in ("images", *shown.values()):
         table.add_column(column, justify="right")
     for name, metrics in rows.items():
         values = metrics.scalars()
-        cells = [f"{values[key]:.3f}" if key in ("loss", "ece") else f"{values[key]:.1%}" for key in _SHOWN]
+        cells = [f"{values[key]:.1%}" if key in _SHARES else f"{values[key]:.3f}" for key in shown]
         table.add_row(Text(name), str(metrics.images), *cells)
     return table

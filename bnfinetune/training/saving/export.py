@@ -18,6 +18,7 @@ from bnfinetune.training.saving.provenance import write_provenance
 
 WEIGHTS = "model.safetensors"
 RECIPE = "recipe.yaml"
+_THRESHOLDS = "label_thresholds"  # beside timm's label_names
 
 
 def save_export(
@@ -28,12 +29,14 @@ def save_export(
     recipe_text: str,
     statistics: dict[str, Any],
     norms: Mapping[str, Any],
+    thresholds: Sequence[float] = (),
 ) -> None:
     """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads with nothing but timm.
 
     The exception is a network whose BatchNorm has become GroupNorm, which timm cannot build; `norms` then says how.
 
-    It holds weights, preprocessing, class names, the recipe that made it, and where its statistics come from.
+    It holds weights, preprocessing, class names, the recipe that made it, and where its statistics come from; of
+    several labels per image, also the probability from which on each class is predicted.
     """
 
     def fill(target: Path) -> None:
@@ -43,12 +46,22 @@ def save_export(
         config = json.loads((target / "config.json").read_text(encoding="utf-8"))
         # it stands beside them too, and transformers would hand both to timm
         config.get("model_args", {}).pop("num_classes", None)
-        write_json(target / "config.json", {**config, **norms})
+        cuts = {_THRESHOLDS: list(thresholds)} if thresholds else {}
+        write_json(target / "config.json", {**config, **norms, **cuts})
         write_text(target / RECIPE, recipe_text)
         write_provenance(target, model, statistics)
 
     with in_words(f"the best network, {folder},"):
         write_folder(folder, fill)
+
+
+def stated_thresholds(folder: Path) -> tuple[float, ...]:
+    """The probabilities from which on the network in `folder` predicts each class; empty where it tells none."""
+    try:
+        stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))[_THRESHOLDS]
+        return tuple(map(float, stated))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -87,6 +87,14 @@ def test_words_of_nothing_are_classes_and_lose_no_image(tmp_path, kind):
     assert len(splits.train) + len(splits.val) == 21
 
 
+def test_a_file_in_each_split_folder_keeps_them_apart(tmp_path):
+    """As `imagefolder` has them; the name of the first is that of the only split of a set without splits."""
+    for split, count in {"train": 8, "val": 4, "test": 6}.items():
+        flat(tmp_path, ["a", "b"] * (count // 2), split=split)
+    splits = load(tmp_path)
+    assert [len(part) for part in (splits.train, splits.val, splits.test)] == [8, 4, 6]
+
+
 def test_an_empty_label_is_none(tmp_path):
     with pytest.raises(DataError, match="1 of 5 images have no label, the first in row 3"):
         load(flat(tmp_path, ["a", "b", "a", "", "b"]))

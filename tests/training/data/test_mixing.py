@@ -30,6 +30,18 @@ def test_targets_are_the_shares_of_the_images(augment, size):
     assert size == 1 or not torch.equal(mixed, original)
 
 
+@pytest.mark.parametrize("domains", [None, torch.tensor([0, 1, 0, 1, 1])])
+def test_targets_of_several_labels_are_the_shares_of_the_images(domains):
+    mixup = build_mixup(Augment(mixup=0.4, cutmix=1.0), 5, 0.1, seed=3)
+    images = batch(5)[0]
+    labels = (torch.rand(5, 5, generator=torch.Generator().manual_seed(0)) < 0.4).to(torch.uint8)
+    constant = labels.float()[:, :, None, None].expand(-1, -1, 8, 8).clone()
+    _, targets = mixup(images, labels, 2, 9, domains)
+    shares, _ = mixup(constant, labels, 2, 9, domains)
+    assert torch.allclose(shares.mean((2, 3)), targets, atol=1e-6)
+    assert not torch.equal(targets, labels.float())
+
+
 def test_same_as_timms_own_draws():
     augment = Augment(mixup=0.4, cutmix=1.0, mix_prob=0.7)
     ours = build_mixup(augment, 5, 0.1, seed=3)

@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
-from sklearn.metrics import confusion_matrix, f1_score, top_k_accuracy_score
+from sklearn.metrics import average_precision_score, confusion_matrix, f1_score, top_k_accuracy_score
 from torch.nn import functional as F
 
 import bnfinetune as bnf
-from bnfinetune.training.measuring.metrics import Tally
+from bnfinetune.training.measuring.metrics import LabelTally, Tally
 from tests.bn.distributed import run_ranks
 from tests.training.loop.test_guard import settings
 from tests.training.support import write_images
@@ -123,3 +123,75 @@ def test_states_hold_no_confusion(tmp_path):
     state = torch.load(next((tmp_path / "run/checkpoints").iterdir()) / "trainer.pt", weights_only=True)
     assert state["before"]["validation"]["confusion"] == ()
     assert sum(map(sum, result.after["validation"].confusion)) == 9
+
+
+@pytest.fixture
+def label_predictions():
+    """Scores with ties, and a class without images."""
+    generator = torch.Generator().manual_seed(4)
+    labels = (torch.rand(151, 5, generator=generator) < torch.tensor([0.5, 0.3, 0.1, 0.02, 0.0])).to(torch.uint8)
+    logits = (torch.randn(151, 5, generator=generator) + 1.2 * labels).mul(4).round() / 4
+    return logits, labels
+
+
+def label_metrics(logits, labels, sizes, thresholds=None):
+    tally = LabelTally(5, thresholds)
+    for part, target in zip(logits.split(sizes), labels.split(sizes), strict=True):
+        tally.add(part, target)
+    return tally.metrics()
+
+
+def test_metrics_of_labels_equal_scikit_learn(label_predictions):
+    logits, labels = label_predictions
+    metrics = label_metrics(logits, labels, [151])
+    expected = [average_precision_score(labels[:, n], logits[:, n]) for n in range(4)]
+    assert metrics.per_class == (*map(pytest.approx, expected), None)
+    assert metrics.map == pytest.approx(sum(expected) / 4)
+    loss = F.binary_cross_entropy_with_logits(logits.double(), labels.double())
+    assert metrics.loss == pytest.approx(loss.item(), rel=1e-12)
+    predicted = logits.double().sigmoid() >= torch.tensor(metrics.thresholds)
+    assert metrics.micro_f1 == pytest.approx(f1_score(labels, predicted, average="micro"))
+    present = [n for n in range(5) if labels[:, n].any() or predicted[:, n].any()]
+    assert metrics.macro_f1 == pytest.approx(f1_score(labels[:, present], predicted[:, present], average="macro"))
+
+
+def test_thresholds_have_the_best_f1_there_is(label_predictions):
+    logits, labels = label_predictions
+    metrics = label_metrics(logits, labels, [151])
+    for n in range(4):
+        scores = logits[:, n].double().sigmoid()
+        chosen = f1_score(labels[:, n], scores >= metrics.thresholds[n])
+        assert chosen == max(f1_score(labels[:, n], scores >= cut) for cut in scores.unique())
+        assert (scores - metrics.thresholds[n]).abs().min() > 1e-3  # rounding changes no decision
+    assert metrics.thresholds[4] == 0.5
+
+
+def test_thresholds_that_are_given_are_used(label_predictions):
+    logits, labels = label_predictions
+    metrics = label_metrics(logits, labels, [151], thresholds=[0.9] * 5)
+    assert metrics.thresholds == (0.9,) * 5
+    assert metrics.micro_f1 == pytest.approx(f1_score(labels, logits.sigmoid() >= 0.9, average="micro"))
+
+
+def test_metrics_of_labels_do_not_depend_on_the_batches(label_predictions):
+    assert label_metrics(*label_predictions, [1, 100, 50]) == label_metrics(*label_predictions, [151])
+
+
+def test_labels_of_nothing_and_scores_that_are_no_numbers():
+    assert (LabelTally(2).metrics().images, LabelTally(2).metrics().map) == (0, 0.0)
+    tally = LabelTally(2)
+    tally.add(torch.tensor([[float("nan"), 0.0], [1.0, 0.0]]), torch.tensor([[0, 1], [1, 0]]))
+    assert math.isnan(tally.metrics().loss)
+
+
+def labels_of(rank, logits, labels):
+    tally = LabelTally(5)
+    if rank < 2:  # the third has no image
+        tally.add(logits[rank * 100 : rank * 100 + 100], labels[rank * 100 : rank * 100 + 100])
+    tally.merge()
+    return tally.metrics()
+
+
+def test_three_ragged_ranks_have_the_metrics_of_labels_of_one(label_predictions, tmp_path):
+    found = run_ranks(3, labels_of, tmp_path, *label_predictions)
+    assert found == [label_metrics(*label_predictions, [151])] * 3
