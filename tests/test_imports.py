@@ -11,7 +11,7 @@ PACKAGE = Path(bnfinetune.__file__).parent
 # From the lowest up. A module may import from its own row and from those above it in this list.
 ROOMS = (
     "errors notes source_paths",
-    "bn.class_change bn.class_probe bn.functional bn.layers bn.population bn.saved_report",
+    "bn.class_change bn.class_probe bn.functional bn.layers bn.population bn.put_back bn.saved_report",
     "bn.policy",
     "bn.statistics bn.folding",
     "bn.absorb bn.adapt bn.convert",

@@ -61,20 +61,23 @@ def input_name(cls: type[nn.Module]) -> str:
     return list(inspect.signature(cls.forward).parameters)[1]
 
 
-def input_of_call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def input_of_call(name: str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The one input of a call by position or by name, as the class that was changed would take it.
+
+    Args:
+        name: the input's name; None takes any.
+        args: what the call gave by position.
+        kwargs: what it gave by name.
 
     Raises:
         TypeError: it got another argument, none, or several.
     """
-    if len(args) == 1 and not kwargs:
-        return args[0]
-    for key in kwargs:
-        if key != name:
-            raise TypeError(f"forward() got an unexpected keyword argument {key!r}; the input is named {name!r}")
     if len(args) + len(kwargs) != 1:
-        raise TypeError(f"forward() takes one input, {name!r}, but {len(args) + len(kwargs)} were given")
-    return kwargs[name]
+        raise TypeError(f"forward() takes one input, {name or 'a batch'!r}, but {len(args) + len(kwargs)} were given")
+    for key in kwargs:
+        if name not in (None, key):
+            raise TypeError(f"forward() got an unexpected keyword argument {key!r}; the input is named {name!r}")
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def has_foreign_forward(module: nn.Module) -> bool:

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bnfinetune.bn.class_change import input_of_call
 from bnfinetune.bn.population import population_of
 from bnfinetune.bn.statistics.moments import Moments, Rows
-from bnfinetune.bn.statistics.recorder import only_input
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def observing(layers: Mapping[str, nn.Module]) -> Iterator[ImageRows]:
 
     def watch(name: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
         return layer.register_forward_pre_hook(
-            lambda _, args, kwargs: seen.add(name, only_input(args, kwargs)), with_kwargs=True
+            lambda _, args, kwargs: seen.add(name, input_of_call(None, args, kwargs)), with_kwargs=True
         )
 
     handles = [watch(name, layer) for name, layer in layers.items()]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from bnfinetune.bn.layers import find_bn_layers
+from bnfinetune.bn.put_back import kept_buffers, modes_put_back
 from bnfinetune.errors import PolicyError, SelectionError
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -19,23 +20,22 @@ Example = Tensor | Sequence[Any] | Mapping[str, Any]
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradient, no compiled code; modes, buffers and random state are put back."""
-    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
-    tensors = [*model.parameters(), *model.buffers()]
-    devices = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
-    kept = [(module, name, b, b.clone()) for module, _ in modes for name, b in module._buffers.items() if b is not None]
-    with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    devices = sorted({t.device.index for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"})
+    trained = model.training
+    put_back = kept_buffers(model)
+    with (
+        modes_put_back(model),
+        torch.random.fork_rng(devices),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+    ):
         try:
             model.eval()
             yield
         finally:
             # Some modules drop what they cached in evaluation when they are told to train, and only then.
-            model.train(modes[0][1])
-            for module, mode in modes:
-                module.training = mode
-            for module, name, buffer, value in kept:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            model.train(trained)
+            put_back()
 
 
 @contextmanager

@@ -22,15 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bnfinetune.bn.class_change import input_of_call
 from bnfinetune.bn.folding.fold import unfolded
 from bnfinetune.bn.layers import Selection, bn_class, bn_tail, find_bn_layers, select_layers, unwrap
 from bnfinetune.bn.policy.switched_layer import switches_of
 from bnfinetune.bn.population import population_of
+from bnfinetune.bn.put_back import kept_buffers, modes_put_back
 from bnfinetune.bn.statistics.batches import ONLY_FIRST_VIEW, Forward, device_of, model_input, to_device
 from bnfinetune.bn.statistics.collectives import ProcessGroup, require_same_layers, together
 from bnfinetune.bn.statistics.estimators import VARIANCES
 from bnfinetune.bn.statistics.layer_statistics import LayerStatistics, NewStatistics, recorded, require_values, write
-from bnfinetune.bn.statistics.recorder import forwards_replaced, only_input
+from bnfinetune.bn.statistics.recorder import forwards_replaced
 from bnfinetune.bn.statistics.report import PreciseBNReport, doubts, layer_changes
 from bnfinetune.bn.statistics.statistics_pass import Limits, Pass
 from bnfinetune.errors import StatisticsError
@@ -142,36 +144,23 @@ def precise_bn(
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts every module into evaluation mode for the length of the block, then each back into its own.
-
-    Flags are set directly: a module's own `train` or `eval` may do more than that, and could not be undone.
-    """
-    modes = {
-        module: module.training for module in model.modules() if hasattr(module, "training")
-    }  # not if jit froze it
-    try:
-        for module in modes:
-            module.training = False
+    """Puts every module into evaluation mode for the length of the block, then each back into its own."""
+    with modes_put_back(model):
+        for module in model.modules():
+            if hasattr(module, "training"):
+                module.training = False
         yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager
 def transaction(model: nn.Module) -> Iterator[None]:
     """Runs a block in eager mode and without gradients; on any exception, all buffers are as before."""
-    buffers = [
-        (module, key, b, b.clone()) for module in model.modules() for key, b in module._buffers.items() if b is not None
-    ]
+    put_back = kept_buffers(model)
     try:
         with torch.compiler.set_stance("force_eager"):  # compiled code would not notice the recorders
             yield
     except BaseException:
-        for module, key, buffer, value in buffers:
-            module._buffers[key] = buffer
-            if buffer.device.type != "meta" and not torch.equal(buffer, value):
-                buffer.copy_(value)
+        put_back()
         raise
 
 
@@ -180,7 +169,7 @@ def _stored_statistics(model: nn.Module, updated: Mapping[str, nn.Module]) -> It
     """Lets BN layers that are not updated normalise with their running statistics, where their policy would not."""
 
     def normalise(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        x, population = only_input(args, kwargs), population_of(layer)
+        x, population = input_of_call(None, args, kwargs), population_of(layer)
         stats = population.require_stats()
         y = F.batch_norm(x, stats.mean, stats.var, *population.affine, False, 0.0, population.eps)
         return bn_tail(layer)(y)

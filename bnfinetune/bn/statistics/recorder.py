@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from bnfinetune.bn.class_change import has_foreign_forward
+from bnfinetune.bn.class_change import has_foreign_forward, input_of_call
 from bnfinetune.bn.functional import along, wide_dtype
 from bnfinetune.bn.layers import eps_of, require_known
 from bnfinetune.bn.population import population_of
@@ -81,7 +81,7 @@ class LayerRecorder:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Normalises a batch (N, C, ...) by its own statistics, then applies what the layer applies after that."""
-        return self._tail(self.layer, self._normalise(only_input(args, kwargs)))
+        return self._tail(self.layer, self._normalise(input_of_call(None, args, kwargs)))
 
     def _normalise(self, x: Tensor) -> Tensor:
         n = x.numel() // x.shape[1] if x.numel() else 0
@@ -161,12 +161,6 @@ class LayerRecorder:
             planes = 4 if any(row.reread for row in self._rows) else 2
             self._full.append((self._rows, self._block[:planes, : len(self._rows)]))
             self._rows = []
-
-
-def only_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The one tensor that a layer was called with, by position or under whatever name its class gives it."""
-    (x,) = (*args, *kwargs.values())
-    return cast(Tensor, x)
 
 
 def _rereads_anyway(x: Tensor) -> bool | None:

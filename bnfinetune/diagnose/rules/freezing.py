@@ -218,7 +218,7 @@ def unusual_momentum(case: Case) -> Iterator[Trouble]:
             tuple(still),
             f"{len(still)} layers with momentum 0 normalise by the batch and never learn its statistics",
             case.call("freeze_bn", still, "affine=False"),
-            _FREEZE,
+            f"{_FREEZE} bn.momentum=null",
         )
     hasty = [name for name in live if (case.layers[name].momentum or 0) > 0.5]
     averaging = [name for name in live if case.layers[name].momentum is None and case.is_native(name)]
