@@ -72,11 +72,11 @@ def input_of_call(name: str | None, args: tuple[Any, ...], kwargs: Mapping[str, 
     Raises:
         TypeError: it got another argument, none, or several.
     """
-    if len(args) + len(kwargs) != 1:
-        raise TypeError(f"forward() takes one input, {name or 'a batch'!r}, but {len(args) + len(kwargs)} were given")
     for key in kwargs:
         if name not in (None, key):
             raise TypeError(f"forward() got an unexpected keyword argument {key!r}; the input is named {name!r}")
+    if len(args) + len(kwargs) != 1:
+        raise TypeError(f"forward() takes one input, {name or 'a batch'!r}, but {len(args) + len(kwargs)} were given")
     return args[0] if args else next(iter(kwargs.values()))
 
 
