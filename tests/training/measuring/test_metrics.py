@@ -23,11 +23,14 @@ def predictions():
     return logits, labels
 
 
-def tally_of(logits, labels, sizes):
-    tally = Tally(7)
+def metrics_of(tally, logits, labels, sizes):
     for part, target in zip(logits.split(sizes), labels.split(sizes), strict=True):
         tally.add(part, target)
     return tally.metrics()
+
+
+def tally_of(logits, labels, sizes):
+    return metrics_of(Tally(7), logits, labels, sizes)
 
 
 def test_metrics_equal_scikit_learn(predictions):
@@ -135,10 +138,7 @@ def label_predictions():
 
 
 def label_metrics(logits, labels, sizes, thresholds=None):
-    tally = LabelTally(5, thresholds)
-    for part, target in zip(logits.split(sizes), labels.split(sizes), strict=True):
-        tally.add(part, target)
-    return tally.metrics()
+    return metrics_of(LabelTally(5, thresholds), logits, labels, sizes)
 
 
 def test_metrics_of_labels_equal_scikit_learn(label_predictions):
