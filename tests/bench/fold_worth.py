@@ -28,6 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--record", action="store_true", help="keep the figures for docs/benchmarks.md")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
     for name in options.models:
         rows = [
             measure(name, batch, size, kind, frozen, options.rounds)

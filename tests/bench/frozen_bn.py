@@ -23,7 +23,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from bnfinetune.bn import find_bn_layers, freeze_bn
 from bnfinetune.bn.folding.fold import fold_bn, fold_report
 from bnfinetune.bn.layers import bn_tail
-from tests.bench.harness import Lead, lead, run_in_turn, table, timings_of
+from tests.bench.harness import Lead, lead, run_in_turn, step_device, table, timings_of
 from tests.bench.results import record
 from tests.bn.folding.outcomes import bytes_kept, without_norm
 from tests.bn.models import randomise
@@ -152,9 +152,10 @@ def is_frozen(variant: str) -> bool:
     return variant.endswith(FROZEN)
 
 
-def measure(name: str, batch: int, size: int, rounds: int, variants: Sequence[str], half: bool) -> dict[str, Any]:
+def measure(
+    name: str, batch: int, size: int, rounds: int, variants: Sequence[str], half: bool, device: torch.device
+) -> dict[str, Any]:
     """Times and counts every variant of one model, and prints the table."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layout = torch.channels_last if half else torch.contiguous_format
     torch.manual_seed(0)
     model = randomise(timm.create_model(name)).to(device, memory_format=layout).train()
@@ -200,10 +201,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--record", action="store_true", help="keep the figures for docs/benchmarks.md")
     options = parser.parse_args(arguments)
     torch.set_flush_denormal(True)  # without norm, activations shrink to where the CPU is slow
-    half = options.half or torch.cuda.is_available()
-    where = "cuda" if torch.cuda.is_available() else "cpu in bf16" if half else "cpu"
+    device = step_device()
+    half = options.half or device.type == "cuda"
+    where = "cuda" if device.type == "cuda" else "cpu in bf16" if half else "cpu"
     for model in options.models:
         chosen = [name for name in VARIANTS if name in (NO_NORM, FOLDED, *options.peers)]
-        figures = measure(model, options.batch, options.size, options.rounds, chosen, half)
+        figures = measure(model, options.batch, options.size, options.rounds, chosen, half, device)
         if options.record:
             record("frozen_bn", f"{model} on {where}", figures)

@@ -53,6 +53,14 @@ class Lead(NamedTuple):
     high: float
 
 
+def step_device() -> torch.device:
+    """Where steps are timed: the accelerator, else the CPU, from now on with one thread."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    torch.set_num_threads(1)
+    return torch.device("cpu")
+
+
 def run_in_turn(
     candidates: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 3
 ) -> dict[str, list[float]]:

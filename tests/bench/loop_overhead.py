@@ -27,6 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--record", action="store_true", help="keep the figures for docs/benchmarks.md")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         write_jpegs(Path(folder) / "images", train=40, val=4, size=96)
         trainer = trainer_of(

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from bnfinetune.bn import BNPolicy, apply_policy, find_bn_layers
-from tests.bench.harness import Timing, compare, table
+from tests.bench.harness import Timing, compare, step_device, table
 from tests.bench.pages import DOCS, put_table
 from tests.bench.results import record, recorded
 
@@ -75,9 +75,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", nargs="+", help="some policies instead of all")
     options = parser.parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(1)
+    device = step_device()
     for name in options.models:
         model = timm.create_model(name, num_classes=10).to(device)
         images = torch.randn(options.batch, 3, options.size, options.size, device=device)

@@ -23,7 +23,7 @@ import bnfinetune.demo
 from bnfinetune.bn import find_bn_layers
 from bnfinetune.bn.statistics.fvcore import update_bn_stats
 from bnfinetune.bn.statistics.precise import precise_bn
-from tests.bench.harness import compare, table
+from tests.bench.harness import compare, step_device, table
 from tests.bench.pages import DOCS, put_table
 from tests.bench.results import record, recorded
 
@@ -136,9 +136,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--tolerances", nargs="*", type=float, default=[0.04, 0.02, 0.01])
     parser.add_argument("--images", type=int, default=58800, help="embedded characters for the stopping rule")
     options = parser.parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(1)
+    device = step_device()
     for name in options.models:
         model = timm.create_model(name, num_classes=10).to(device)
         shape = (options.batch, 3, options.size, options.size)
