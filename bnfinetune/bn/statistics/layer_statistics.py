@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -121,6 +121,13 @@ def require_values(layers: Mapping[str, nn.Module], *, affine: bool = False) -> 
                     f"BN layer {name!r} has its {key} on the meta device, where it holds no values; "
                     + ("load the model whole" if affine else "load the model whole, or offload no buffers")
                 )
+
+
+def held(statistics: Mapping[str, LayerStatistics], names: Iterable[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and variance, each (C,), that the model holds for these layers: float64 copies on the CPU."""
+    names = list(names)
+    tensors = fetch([buffer for name in names for buffer in statistics[name].buffers[:2]])
+    return dict(zip(names, zip(tensors[::2], tensors[1::2], strict=True), strict=True))
 
 
 def write(statistics: Mapping[str, LayerStatistics], new: Mapping[str, NewStatistics], count_batches: bool) -> None:

@@ -5,6 +5,8 @@ fixed, one pass over the data gives the statistics that the averages only chase.
 'Batch' in BatchNorm", 2021, section 3. On the data of another domain the same pass is AdaBN (Li et al., "Revisiting
 Batch Normalization For Practical Domain Adaptation", 2016).
 
+Where the data are few or far from what the network knows, `prior` holds its statistics back towards the stored ones.
+
 A pass is a transaction: buffers are written in place, in one step, after all else has succeeded.
 """
 
@@ -31,9 +33,16 @@ from bnfinetune.bn.put_back import kept_buffers, modes_put_back
 from bnfinetune.bn.statistics.batches import ONLY_FIRST_VIEW, Forward, device_of, model_input, to_device
 from bnfinetune.bn.statistics.collectives import ProcessGroup, require_same_layers, together
 from bnfinetune.bn.statistics.estimators import VARIANCES
-from bnfinetune.bn.statistics.layer_statistics import LayerStatistics, NewStatistics, recorded, require_values, write
+from bnfinetune.bn.statistics.layer_statistics import (
+    NewStatistics,
+    held,
+    recorded,
+    require_values,
+    write,
+)
 from bnfinetune.bn.statistics.recorder import forwards_replaced
-from bnfinetune.bn.statistics.report import PreciseBNReport, doubts, layer_changes
+from bnfinetune.bn.statistics.report import LayerChange, PreciseBNReport, doubts, layer_changes
+from bnfinetune.bn.statistics.shrinkage import Prior, require_prior, settle
 from bnfinetune.bn.statistics.statistics_pass import Limits, Pass
 from bnfinetune.errors import StatisticsError
 
@@ -56,6 +65,7 @@ def precise_bn(
     tolerance: float | None = None,
     variance: str = "pooled",
     momentum: float | None = None,
+    prior: Prior = 0.0,
     layers: Selection = "*",
     exclude: Selection = (),
     include_frozen: bool = False,
@@ -92,6 +102,9 @@ def precise_bn(
         variance: `pooled` (of all values), `mean` (of the unbiased batch variances) or `ema` (as in training);
             formulas and sources are in `bnfinetune.bn.statistics.estimators`.
         momentum: for `ema`; by default each layer's own.
+        prior: N, in samples: how much the statistics that the model holds count beside those of n samples of data; 0
+            replaces them, infinity keeps them, and a `PriorSearch` chooses. Formulas and sources are in
+            `bnfinetune.bn.statistics.shrinkage`. Not for `ema`, which starts from them anyway.
         layers: the layers to update: globs on qualified names, classes or functions of name and layer.
         exclude: the same, of layers to leave out.
         include_frozen: update also layers whose statistics a policy, or their class, has frozen.
@@ -111,7 +124,7 @@ def precise_bn(
     net = unwrap(model)
 
     def plan_pass() -> tuple[Limits, PassPlan]:
-        _check_estimate(variance, momentum, tolerance)
+        _check_estimate(variance, momentum, tolerance, prior)
         return Limits(num_batches, num_samples, tolerance), _plan(net, layers, exclude, include_frozen)
 
     limits, plan = together(plan_pass, process_group)
@@ -132,10 +145,14 @@ def precise_bn(
         ):
             run = Pass(call, data, statistics, limits, progress=progress, group=process_group)
             run.run()
-        new = run.new_statistics(with_errors=variance != "ema")
+        own = run.new_statistics(with_errors=variance != "ema")
+        stored = held(statistics, own)
+        with evaluation_mode(net):  # where a search for the prior tries the model
+            share, new = settle(prior, own, stored, run.samples, partial(write, statistics, count_batches=False))
         cut = (ONLY_FIRST_VIEW.format(views=run.views),) if forward is None and run.views > 1 else ()
-        found = (*cut, *doubts(run, new, limits, data))
-        report = _report(plan, run, statistics, new, limits, found, variance, time.perf_counter() - start)
+        changes = layer_changes(statistics, stored, own, new)
+        found = (*cut, *doubts(run, own, limits, data))
+        report = _report(plan, run, changes, own, limits, found, variance, share, time.perf_counter() - start)
         write(statistics, new, count_batches=variance == "ema")
     for text in report.warnings:
         warnings.warn(text, stacklevel=3)
@@ -181,13 +198,18 @@ def _stored_statistics(model: nn.Module, updated: Mapping[str, nn.Module]) -> It
         yield
 
 
-def _check_estimate(variance: str, momentum: float | None, tolerance: float | None) -> None:
+def _check_estimate(variance: str, momentum: float | None, tolerance: float | None, prior: Prior) -> None:
+    require_prior(prior)
     if variance not in VARIANCES:
         raise StatisticsError(f"variance={variance!r}; choose one of {', '.join(VARIANCES)}")
     if variance != "ema" and momentum is not None:
         raise StatisticsError(f"momentum={momentum} has no meaning with variance={variance!r}; use variance='ema'")
     if momentum is not None and not 0 < momentum <= 1:
         raise StatisticsError(f"momentum={momentum}; give the weight of a new batch, above 0 and at most 1")
+    if variance == "ema" and prior != 0:
+        raise StatisticsError(
+            "prior has no meaning with variance='ema', which starts from what is stored; use 'pooled'"
+        )
     if variance == "ema" and tolerance is not None:
         raise StatisticsError("tolerance has no meaning with variance='ema', whose error never vanishes; use 'pooled'")
 
@@ -222,21 +244,23 @@ def is_frozen(layer: nn.Module) -> bool:
 def _report(
     plan: PassPlan,
     run: Pass,
-    statistics: Mapping[str, LayerStatistics],
-    new: Mapping[str, NewStatistics],
+    changes: dict[str, LayerChange],
+    own: Mapping[str, NewStatistics],
     limits: Limits,
     found: tuple[str, ...],
     variance: str,
+    share: float,
     seconds: float,
 ) -> PreciseBNReport:
-    known = [stats.error.worst for stats in new.values() if stats.error is not None]
+    known = [stats.error.worst for stats in own.values() if stats.error is not None]
     error = max(known, default=math.inf)
     return PreciseBNReport(
-        layers=layer_changes(statistics, new),
-        uncalled=tuple(name for name in plan.updated if name not in new),
+        layers=changes,
+        uncalled=tuple(name for name in plan.updated if name not in own),
         frozen=plan.frozen,
         untracked=plan.untracked,
         variance=variance,
+        share=share,
         samples=run.samples,
         batches=run.batches,
         tolerance=limits.tolerance,

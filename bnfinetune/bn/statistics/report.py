@@ -15,10 +15,11 @@ from bnfinetune.bn.saved_report import SavedReport
 from bnfinetune.bn.statistics.label_order import is_read_in_stored_order
 from bnfinetune.bn.statistics.layer_statistics import LayerStatistics, NewStatistics
 from bnfinetune.bn.statistics.sampling_error import MIN_GROUPS
+from bnfinetune.bn.statistics.shrinkage import Stored, collapsed_channels
 from bnfinetune.bn.statistics.statistics_pass import Limits, Pass
-from bnfinetune.bn.statistics.transfers import fetch
 
 _NOTABLE_CORRELATION = 0.3
+_SHOWN = 8  # channels named in a line
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class LayerChange:
             unknown.
         error_var: estimated relative standard error of the worst channel's variance; None if unknown.
         reread: whether the layer's inputs were read a second time for exactness.
+        collapsed: channels whose variance on the data, `v + eps`, is below a hundredth of what was stored: without a
+            prior they amplify their noise more than ten times as much as before.
     """
 
     values: int
@@ -45,6 +48,7 @@ class LayerChange:
     error_mean: float | None
     error_var: float | None
     reread: bool
+    collapsed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class PreciseBNReport(SavedReport):
         untracked: selected layers that have no running statistics.
         reread: layers whose inputs were read a second time for exactness.
         variance: the estimate: pooled, mean or ema.
+        share: weight of the data's statistics beside the stored ones, `n / (N + n)` under a prior of N; 1 without one.
         samples: images read by all ranks, without padding.
         batches: batches read by all ranks.
         tolerance: what was asked for; None if nothing.
@@ -72,6 +77,7 @@ class PreciseBNReport(SavedReport):
     frozen: tuple[str, ...]
     untracked: tuple[str, ...]
     variance: str
+    share: float
     samples: int
     batches: int
     tolerance: float | None
@@ -100,10 +106,11 @@ class PreciseBNReport(SavedReport):
 
     def _headline(self) -> str:
         error = "" if self.error is None else f", error {self.error:.2g}"
+        share = "" if self.share == 1 else f", which weigh {self.share:.2g} beside the stored"
         goal = "" if self.tolerance is None else f" (tolerance {self.tolerance:g})"
         return (
             f"precise BN ({self.variance}): {len(self.layers)} layers from {self.samples} samples in "
-            f"{self.batches} batches, {self.seconds:.1f} s{error}{goal}"
+            f"{self.batches} batches{share}, {self.seconds:.1f} s{error}{goal}"
         )
 
     def _table(self) -> list[str]:
@@ -122,21 +129,26 @@ class PreciseBNReport(SavedReport):
     def _remarks(self) -> list[str]:
         kept = {"never called": self.uncalled, "frozen": self.frozen, "without running statistics": self.untracked}
         lines = [f"kept, {reason}: {', '.join(names)}" for reason, names in kept.items() if names]
+        for name, change in self.layers.items():
+            if change.collapsed:
+                channels = ", ".join(map(str, change.collapsed[:_SHOWN])) + (
+                    ", ..." if change.collapsed[_SHOWN:] else ""
+                )
+                lines.append(f"nearly constant on the data: {len(change.collapsed)} channels of {name} ({channels})")
         return lines + [f"warning: {text}" for text in self.warnings]
 
 
 def layer_changes(
-    statistics: Mapping[str, LayerStatistics], new: Mapping[str, NewStatistics]
+    statistics: Mapping[str, LayerStatistics],
+    stored: Stored,
+    own: Mapping[str, NewStatistics],
+    new: Mapping[str, NewStatistics],
 ) -> dict[str, LayerChange]:
-    """Compares new statistics with those that the model still holds."""
-    held = fetch([buffer for name in new for buffer in statistics[name].buffers[:2]])
-    return {
-        name: _change(mean, var, statistics[name].eps, new[name])
-        for name, mean, var in zip(new, held[::2], held[1::2], strict=True)
-    }
+    """Compares what layers get with what they held, and with what the data alone would have given them."""
+    return {name: _change(*stored[name], statistics[name].eps, own[name].var, each) for name, each in new.items()}
 
 
-def _change(mean: Tensor, var: Tensor, eps: float, new: NewStatistics) -> LayerChange:
+def _change(mean: Tensor, var: Tensor, eps: float, own: Tensor, new: NewStatistics) -> LayerChange:
     shifts = (new.mean - mean).abs() / (var + eps).sqrt()
     ratios = (new.var + eps) / (var + eps)
     error = new.error if new.error is not None and math.isfinite(new.error.worst) else None
@@ -149,6 +161,7 @@ def _change(mean: Tensor, var: Tensor, eps: float, new: NewStatistics) -> LayerC
         error_mean=None if error is None else error.mean,
         error_var=None if error is None else error.var,
         reread=new.reread,
+        collapsed=collapsed_channels(var + eps, own + eps),
     )
 
 

@@ -113,7 +113,7 @@ def error(model: nn.Module, x: torch.Tensor, truth: dict[str, torch.Tensor]) -> 
 
 
 def roundoff(model: nn.Module, x: torch.Tensor, truth: dict[str, torch.Tensor]) -> float:
-    """The largest float32 error of three inputs within a rounding of each other: of one alone it may be small by luck."""
+    """The largest float32 error of three inputs that differ by a rounding: of one alone it may be small by luck."""
     ulp = torch.finfo(torch.float32).eps
     return max(error(model, x * scale, truth) for scale in (1, 1 - ulp, 1 + ulp))
 

@@ -14,6 +14,7 @@ from torch.utils.data.distributed import DistributedSampler
 from bnfinetune.bn.statistics.fvcore import update_bn_stats
 from bnfinetune.bn.statistics.padding import real_rows_of
 from bnfinetune.bn.statistics.precise import precise_bn
+from bnfinetune.bn.statistics.shrinkage import PriorSearch
 from bnfinetune.errors import ShortDataError, StatisticsError
 from tests.bn.distributed import run_ranks
 from tests.bn.models import backbone, differing, images, tensors_of, toy
@@ -53,6 +54,23 @@ def test_unequal_and_empty_shards_equal_one_process(ranks, name, tmp_path):
     for _, samples, batches, error in by_rank:
         assert (samples, batches) == (report.samples, report.batches)
         assert error == by_rank[0][3]
+
+
+def searching_rank(rank: int) -> tuple:
+    model = toy(BatchNormAct2d)
+    searches = [PriorSearch(lambda: -abs(model[1].running_var[0].item() - 1.0)), 6.0]
+    shares = [precise_bn(model, shard_of(3, rank), prior=prior).share for prior in searches]
+    return statistics_of(model), shares
+
+
+def test_a_prior_counts_the_samples_of_all_ranks(tmp_path):
+    by_rank = run_ranks(3, searching_rank, tmp_path)
+    one = toy(BatchNormAct2d)
+    shards = [batch for rank in range(3) for batch in shard_of(3, rank)]
+    for prior in (PriorSearch(lambda: -abs(one[1].running_var[0].item() - 1.0)), 6.0):
+        expected = precise_bn(one, shards, prior=prior).share
+    assert_all_equal_one([statistics for statistics, _ in by_rank], statistics_of(one))
+    assert {shares[-1] for _, shares in by_rank} == {expected} == {24 / 30}
 
 
 @pytest.mark.parametrize("variance", ["mean", "ema"])
