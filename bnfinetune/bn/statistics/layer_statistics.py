@@ -74,7 +74,7 @@ class NewStatistics(NamedTuple):
 
 @contextmanager
 def recorded(
-    layers: Mapping[str, nn.Module], variance: str, momentum: float | None = None
+    layers: Mapping[str, nn.Module], variance: str, momentum: float | None = None, share: float = 1.0
 ) -> Iterator[dict[str, LayerStatistics]]:
     """Records layers for the length of the block.
 
@@ -82,8 +82,9 @@ def recorded(
         layers: the layers to update, by name.
         variance: the estimate: pooled, mean or ema.
         momentum: for ema; by default each layer's own.
+        share: weight of a batch's statistics beside the stored in what the layers normalise by.
     """
-    with recording(layers) as recorders:
+    with recording(layers, share=share) as recorders:
         populations = [population_of(layer) for layer in layers.values()]
         stats = [population.require_stats() for population in populations]
         channels = [len(each.mean) for each in stats]

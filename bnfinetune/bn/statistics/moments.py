@@ -123,6 +123,12 @@ class Moments:
         return Moments(count, self.mean + delta * share, self.m2 + other.m2 + delta.square() * (self.count * share))
 
 
+def mixture(mean: Tensor, var: Tensor, other_mean: Tensor, other_var: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Mean and variance, each (C,), of two populations together, of which the other makes up `share`."""
+    between = share * (1 - share) * (mean - other_mean).square()
+    return torch.lerp(mean, other_mean, share), torch.lerp(var, other_var, share) + between
+
+
 def all_reduce_moments(moments: Sequence[Moments], group: ProcessGroup = None) -> list[Moments]:
     """Merges each moments with its counterparts on the other ranks, from rank 0 to the last.
 

@@ -42,7 +42,7 @@ from bnfinetune.bn.statistics.layer_statistics import (
 )
 from bnfinetune.bn.statistics.recorder import forwards_replaced
 from bnfinetune.bn.statistics.report import LayerChange, PreciseBNReport, doubts, layer_changes
-from bnfinetune.bn.statistics.shrinkage import Prior, require_prior, settle
+from bnfinetune.bn.statistics.shrinkage import check_prior, data_share, samples_in, shrink
 from bnfinetune.bn.statistics.statistics_pass import Limits, Pass
 from bnfinetune.errors import StatisticsError
 
@@ -65,7 +65,8 @@ def precise_bn(
     tolerance: float | None = None,
     variance: str = "pooled",
     momentum: float | None = None,
-    prior: Prior = 0.0,
+    prior: float = 0.0,
+    through: str = "batch",
     layers: Selection = "*",
     exclude: Selection = (),
     include_frozen: bool = False,
@@ -103,8 +104,11 @@ def precise_bn(
             formulas and sources are in `bnfinetune.bn.statistics.estimators`.
         momentum: for `ema`; by default each layer's own.
         prior: N, in samples: how much the statistics that the model holds count beside those of n samples of data; 0
-            replaces them, infinity keeps them, and a `PriorSearch` chooses. Formulas and sources are in
-            `bnfinetune.bn.statistics.shrinkage`. Not for `ema`, which starts from them anyway.
+            replaces them, infinity keeps them. Formulas and sources are in `bnfinetune.bn.statistics.shrinkage`;
+            `choose_prior` finds one. Not for `ema`, which starts from the stored statistics anyway.
+        through: what the selected layers normalise by during the pass, and so what deeper layers see: `batch`, each
+            batch's own statistics, or `mixture`, these held back by the stored as `prior` says, as it will be
+            afterwards. For `mixture`, give `num_samples` or a list of batches: n must be known beforehand.
         layers: the layers to update: globs on qualified names, classes or functions of name and layer.
         exclude: the same, of layers to leave out.
         include_frozen: update also layers whose statistics a policy, or their class, has frozen.
@@ -124,10 +128,13 @@ def precise_bn(
     net = unwrap(model)
 
     def plan_pass() -> tuple[Limits, PassPlan]:
-        _check_estimate(variance, momentum, tolerance, prior)
+        _check_estimate(variance, momentum, tolerance)
+        check_prior(prior, through, variance)
         return Limits(num_batches, num_samples, tolerance), _plan(net, layers, exclude, include_frozen)
 
     limits, plan = together(plan_pass, process_group)
+    mixes = bool(prior) and through == "mixture"
+    share = data_share(prior, samples_in(data, num_samples, process_group)) if mixes else 1.0
     device = device_of(net)
 
     def call(batch: Any) -> object:
@@ -141,14 +148,14 @@ def precise_bn(
         with (
             evaluation_mode(net),
             _stored_statistics(net, plan.updated),
-            recorded(plan.updated, variance, momentum) as statistics,
+            recorded(plan.updated, variance, momentum, share) as statistics,
         ):
             run = Pass(call, data, statistics, limits, progress=progress, group=process_group)
             run.run()
         own = run.new_statistics(with_errors=variance != "ema")
         stored = held(statistics, own)
-        with evaluation_mode(net):  # where a search for the prior tries the model
-            share, new = settle(prior, own, stored, run.samples, partial(write, statistics, count_batches=False))
+        share = share if mixes else data_share(prior, run.samples)
+        new = shrink(own, stored, share)
         cut = (ONLY_FIRST_VIEW.format(views=run.views),) if forward is None and run.views > 1 else ()
         changes = layer_changes(statistics, stored, own, new)
         found = (*cut, *doubts(run, own, limits, data))
@@ -198,18 +205,13 @@ def _stored_statistics(model: nn.Module, updated: Mapping[str, nn.Module]) -> It
         yield
 
 
-def _check_estimate(variance: str, momentum: float | None, tolerance: float | None, prior: Prior) -> None:
-    require_prior(prior)
+def _check_estimate(variance: str, momentum: float | None, tolerance: float | None) -> None:
     if variance not in VARIANCES:
         raise StatisticsError(f"variance={variance!r}; choose one of {', '.join(VARIANCES)}")
     if variance != "ema" and momentum is not None:
         raise StatisticsError(f"momentum={momentum} has no meaning with variance={variance!r}; use variance='ema'")
     if momentum is not None and not 0 < momentum <= 1:
         raise StatisticsError(f"momentum={momentum}; give the weight of a new batch, above 0 and at most 1")
-    if variance == "ema" and prior != 0:
-        raise StatisticsError(
-            "prior has no meaning with variance='ema', which starts from what is stored; use 'pooled'"
-        )
     if variance == "ema" and tolerance is not None:
         raise StatisticsError("tolerance has no meaning with variance='ema', whose error never vanishes; use 'pooled'")
 

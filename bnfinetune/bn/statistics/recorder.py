@@ -9,6 +9,8 @@ Where that kernel is not exact enough, the layer's input is read again, shifted 
 found: `d = x - c` is exact or nearly so, and with `s = sum(d) / n` the mean is `c + s` and the centred second moment
 `sum(d^2) - n s^2`, where `s` is tiny, so that nothing cancels. Whether it is exact enough is told from the batches
 before the first emptying, which are all read again: asking at once would wait for the accelerator layer by layer.
+
+Where the batch's statistics are to be held back by the stored ones, the layer normalises a second time, by the mixture.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from bnfinetune.bn.class_change import has_foreign_forward, input_of_call
 from bnfinetune.bn.functional import along, wide_dtype
 from bnfinetune.bn.layers import eps_of, require_known
 from bnfinetune.bn.population import population_of
-from bnfinetune.bn.statistics.moments import Rows
+from bnfinetune.bn.statistics.moments import Rows, mixture
 from bnfinetune.bn.statistics.transfers import fetch
 from bnfinetune.errors import LayerError, StatisticsError
 
@@ -54,6 +56,7 @@ class LayerRecorder:
         name: the layer's qualified name.
         layer: the layer.
         keep: False only normalises, and records nothing.
+        share: weight of the batch's statistics beside the stored in what the layer normalises by.
 
     Attributes:
         eps: added to the variance.
@@ -63,9 +66,10 @@ class LayerRecorder:
         LayerError: the layer's class has a `forward` of its own and is not registered, or the layer itself has one.
     """
 
-    def __init__(self, name: str, layer: nn.Module, keep: bool = True) -> None:
+    def __init__(self, name: str, layer: nn.Module, keep: bool = True, share: float = 1.0) -> None:
         self.name = name
         self.layer = layer
+        self.share = share
         self.reread: bool | None = None if keep else False
         self._keep = keep
         self._tail = require_known(layer, name).tail
@@ -95,6 +99,8 @@ class LayerRecorder:
             y = F.batch_norm(torch.zeros_like(x), zero, zero, self._weight, self._bias, False, 0.0, self.eps)
         else:
             y = F.batch_norm(x, mean, var, self._weight, self._bias, True, 1.0, self.eps)
+        if self.share != 1:
+            y = self._held_back(x, mean, var * ((n - 1) / n))
         if self._keep:
             if self.reread is None:
                 self.reread = _rereads_anyway(x)
@@ -103,6 +109,12 @@ class LayerRecorder:
                 _read_again(x, mean, shift, squares)
             self._rows.append(_Row(n, reread))
         return y
+
+    def _held_back(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """Normalises a batch by its mean and biased variance, each (C,), held back by the stored ones."""
+        stored = population_of(self.layer).require_stats()
+        mixed = mixture(stored.mean.to(mean.dtype), stored.var.to(var.dtype), mean, var, self.share)
+        return F.batch_norm(x, *mixed, self._weight, self._bias, False, 0.0, self.eps)
 
     def take(self) -> list[tuple[list[_Row], Tensor]]:
         """Takes out what was recorded since the last time: blocks (planes, rows, C), overwritten by the next batch."""
@@ -206,12 +218,15 @@ def drain(recorders: Mapping[str, LayerRecorder]) -> dict[str, Rows]:
 
 
 @contextmanager
-def recording(layers: Mapping[str, nn.Module], *, keep: bool = True) -> Iterator[dict[str, LayerRecorder]]:
+def recording(
+    layers: Mapping[str, nn.Module], *, keep: bool = True, share: float = 1.0
+) -> Iterator[dict[str, LayerRecorder]]:
     """Lets BN layers normalise by their local batch and records the statistics, for the length of the block.
 
     Args:
         layers: BN layers by qualified name.
         keep: False records nothing.
+        share: weight of the batch's statistics beside the stored in what the layers normalise by.
 
     Yields:
         A recorder for each layer, by the same name.
@@ -219,7 +234,7 @@ def recording(layers: Mapping[str, nn.Module], *, keep: bool = True) -> Iterator
     Raises:
         LayerError: a layer's class has a `forward` of its own and is not registered, or the layer itself has one.
     """
-    recorders = {name: LayerRecorder(name, layer, keep) for name, layer in layers.items()}
+    recorders = {name: LayerRecorder(name, layer, keep, share) for name, layer in layers.items()}
     with forwards_replaced({recorder.layer: recorder for recorder in recorders.values()}):
         yield recorders
 

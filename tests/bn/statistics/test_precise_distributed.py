@@ -14,7 +14,7 @@ from torch.utils.data.distributed import DistributedSampler
 from bnfinetune.bn.statistics.fvcore import update_bn_stats
 from bnfinetune.bn.statistics.padding import real_rows_of
 from bnfinetune.bn.statistics.precise import precise_bn
-from bnfinetune.bn.statistics.shrinkage import PriorSearch
+from bnfinetune.bn.statistics.prior_search import choose_prior
 from bnfinetune.errors import ShortDataError, StatisticsError
 from tests.bn.distributed import run_ranks
 from tests.bn.models import backbone, differing, images, tensors_of, toy
@@ -56,21 +56,23 @@ def test_unequal_and_empty_shards_equal_one_process(ranks, name, tmp_path):
         assert error == by_rank[0][3]
 
 
-def searching_rank(rank: int) -> tuple:
+def weighing_rank(rank: int) -> tuple:
     model = toy(BatchNormAct2d)
-    searches = [PriorSearch(lambda: -abs(model[1].running_var[0].item() - 1.0)), 6.0]
-    shares = [precise_bn(model, shard_of(3, rank), prior=prior).share for prior in searches]
-    return statistics_of(model), shares
+    shards = shard_of(3, rank)
+    share = precise_bn(model, iter(shards), prior=6.0).share
+    choice = choose_prior(model, shards, lambda: -abs(model[1].running_var[0].item() - 1.0))
+    return statistics_of(model), share, choice.share
 
 
 def test_a_prior_counts_the_samples_of_all_ranks(tmp_path):
-    by_rank = run_ranks(3, searching_rank, tmp_path)
+    by_rank = run_ranks(3, weighing_rank, tmp_path)
     one = toy(BatchNormAct2d)
     shards = [batch for rank in range(3) for batch in shard_of(3, rank)]
-    for prior in (PriorSearch(lambda: -abs(one[1].running_var[0].item() - 1.0)), 6.0):
-        expected = precise_bn(one, shards, prior=prior).share
-    assert_all_equal_one([statistics for statistics, _ in by_rank], statistics_of(one))
-    assert {shares[-1] for _, shares in by_rank} == {expected} == {24 / 30}
+    share = precise_bn(one, shards, prior=6.0).share
+    choice = choose_prior(one, shards, lambda: -abs(one[1].running_var[0].item() - 1.0))
+    assert_all_equal_one([statistics for statistics, *_ in by_rank], statistics_of(one))
+    assert [shares for _, *shares in by_rank] == [[share, choice.share]] * 3
+    assert share == 24 / 30
 
 
 @pytest.mark.parametrize("variance", ["mean", "ema"])

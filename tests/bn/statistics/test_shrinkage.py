@@ -13,7 +13,7 @@ from torch import nn
 
 from bnfinetune.bn import find_bn_layers
 from bnfinetune.bn.statistics.precise import precise_bn
-from bnfinetune.bn.statistics.shrinkage import PriorSearch
+from bnfinetune.bn.statistics.prior_search import choose_prior
 from bnfinetune.errors import StatisticsError
 from tests.bn.models import BACKBONES, backbone, differing, images, tensors_of
 
@@ -72,6 +72,44 @@ def test_a_channel_that_is_nearly_constant_is_named_and_a_prior_bounds_what_it_a
     assert (held[0].running_var >= 0.5).all()
 
 
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("training", [True, False])
+def test_through_the_mixture_each_layer_sees_what_those_before_it_will_put_out(name, training):
+    """One batch: what is written normalises it exactly as the pass did, so the outputs of both are the same."""
+    model, batch = backbone(name).train(training), images(9, 32, 1) * 2 + 1
+    stored, seen = copy.deepcopy(model), []
+    hook = model.register_forward_hook(lambda module, args, output: seen.append(output))
+    precise_bn(model, [batch], prior=3, through="mixture")
+    hook.remove()
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(batch), seen[0], rtol=1e-3, atol=1e-4)
+    inputs = inputs_of_layers_in_evaluation(model, batch)
+    old = find_bn_layers(stored)
+    for key, layer in find_bn_layers(model).items():
+        x, m_s, v_s = inputs[key], old[key].running_mean.double(), old[key].running_var.double()
+        m_t, v_t = x.mean(1), x.var(1, unbiased=False)
+        mean = 0.25 * m_s + 0.75 * m_t
+        var = 0.25 * (v_s + m_s**2) + 0.75 * (v_t + m_t**2) - mean**2
+        torch.testing.assert_close(layer.running_mean.double(), mean, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(layer.running_var.double(), var, rtol=1e-3, atol=1e-4)
+
+
+def inputs_of_layers_in_evaluation(model: nn.Module, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Inputs of BN layers as (C, values) in float64."""
+    inputs: dict[str, torch.Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, args, key=key: inputs.update({key: args[0].transpose(0, 1).flatten(1).double()})
+        )
+        for key, layer in find_bn_layers(model).items()
+    ]
+    with torch.no_grad():
+        model.eval()(batch)
+    for hook in hooks:
+        hook.remove()
+    return inputs
+
+
 class Wanted:
     """Scores a model by how near its first variance is to a target."""
 
@@ -87,16 +125,16 @@ class Wanted:
 
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_a_search_ends_as_the_prior_that_scores_best(name, share):
+def test_a_search_ends_as_the_pass_that_scores_best(name, share):
     model, batches = backbone(name).train(), batches_of(8, 5)
     expected = copy.deepcopy(model)
-    precise_bn(expected, batches, prior=math.inf if not share else 13 * (1 - share) / share)
+    prior = 13 * (1 - share) / share if share else math.inf
+    precise_bn(expected, batches, prior=prior, through="mixture")
     score = Wanted(model, next(iter(find_bn_layers(expected).values())).running_var[0].item())
-    search = PriorSearch(score, shares=(1.0, 0.0, 0.5))
-    report = precise_bn(model, batches, prior=search)
+    choice = choose_prior(model, batches, score, shares=(1.0, 0.5))
     assert not differing(tensors_of(model), tensors_of(expected))
-    assert report.share == share
-    assert list(search.scores) == [0.0, 0.5, 1.0]
+    assert (choice.share, choice.prior, choice.report.share) == (share, prior, share)
+    assert list(choice.scores) == [0.0, 0.5, 1.0]
     assert score.modes == [False] * 3
     assert all(module.training for module in model.modules())
 
@@ -104,11 +142,11 @@ def test_a_search_ends_as_the_prior_that_scores_best(name, share):
 def test_of_equal_scores_the_stored_statistics_win_and_a_failing_score_leaves_the_model():
     model, batches = backbone("resnet18"), batches_of(8)
     before = tensors_of(model)
-    assert precise_bn(model, batches, prior=PriorSearch(lambda: 1.0)).share == 0
+    assert choose_prior(model, batches, lambda: 1.0).share == 0
     assert not differing(tensors_of(model), before)
     for score, error in ((lambda: math.nan, StatisticsError), (lambda: 1 / 0, ZeroDivisionError)):
         with pytest.raises(error):
-            precise_bn(model, batches, prior=PriorSearch(score))
+            choose_prior(model, batches, score)
         assert not differing(tensors_of(model), before)
 
 
@@ -118,6 +156,7 @@ def test_of_equal_scores_the_stored_statistics_win_and_a_failing_score_leaves_th
         ({"prior": -1}, "prior=-1"),
         ({"prior": math.nan}, "prior=nan"),
         ({"prior": 4, "variance": "ema"}, "prior has no meaning"),
+        ({"prior": 4, "through": "data"}, "batch, mixture"),
         ({"prior": 4, "forward": lambda net, batch: net(batch.x)}, "counts samples"),
     ],
 )
@@ -130,7 +169,12 @@ def test_what_is_no_prior_is_refused_and_the_model_stays(options, message):
     assert not differing(tensors_of(model), before)
 
 
-def test_shares_out_of_bounds_are_refused():
-    for shares in ((), (1.5,), (-0.1, 0.5)):
+def test_a_search_refuses_what_it_cannot_weigh_or_read_again():
+    model = backbone("resnet18")
+    for shares in ((), (1.5,), (0.0, 0.5)):
         with pytest.raises(StatisticsError, match="shares="):
-            PriorSearch(lambda: 0.0, shares)
+            choose_prior(model, batches_of(4), lambda: 0.0, shares=shares)
+    with pytest.raises(StatisticsError, match="only once"):
+        choose_prior(model, iter(batches_of(4)), lambda: 0.0)
+    with pytest.raises(StatisticsError, match="num_samples="):
+        precise_bn(model, iter(batches_of(4)), prior=1, through="mixture")
