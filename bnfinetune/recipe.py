@@ -280,6 +280,12 @@ class Recalibrate(Section):
         default=None, description="stop once every channel's standard error is below this"
     )
     variance: Literal["pooled", "mean"] = Field(default="pooled", description="which variance is estimated")
+    prior: Rate | Literal["auto"] = Field(
+        default=0.0,
+        description="images that the stored statistics count for beside those read; auto chooses, on at most 512 "
+        "images (or samples): by how well features tell the classes apart at the start, later by the loss, and of "
+        "target images by how certain and diverse the predictions are",
+    )
 
 
 class Schedule(Section):

@@ -51,7 +51,7 @@ def check_recipe(recipe: Recipe, *, steps: int = 3, ignore: Sequence[str] = ()) 
         if not (steps and trainer.updates and trainer.has_bn):
             return found
         if "start" in recipe.recalibrate.at:
-            recalibrate(model, trainer.loaders, recipe, trainer.accelerator)
+            recalibrate(model, trainer.loaders, recipe, trainer.accelerator, judge="features")
         planned, trainer.updates = trainer.updates, min(steps, trainer.updates)
         with watch_bn(trainer.forward, trainer.optimizer, ignore=ignore) as watch:
             trainer.fit(_no_pause)

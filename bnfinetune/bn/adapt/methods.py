@@ -3,7 +3,8 @@
 Each way works on a copy; the model itself stays as it is. From the safest to the boldest:
 
 - `adabn`: population statistics of the target data (Li et al. 2016, "Revisiting Batch Normalization For Practical
-  Domain Adaptation"): `precise_bn` on it, once.
+  Domain Adaptation"), once, and only as far as the stored ones leave something to gain: under `prior="auto"`,
+  `choose_prior` by the mutual information of images and predictions; with `prior=0`, `precise_bn` as in the paper.
 - `mix`: each batch is normalised by a mixture of stored and its own statistics (Schneider et al. 2020, "Improving
   robustness against common corruptions by covariate shift adaptation"): for n samples
   `m' = N/(N+n) m + n/(N+n) m_B`, likewise the variance; N is the prior, in samples.
@@ -13,17 +14,21 @@ Each way works on a copy; the model itself stays as it is. From the safest to th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, cast, get_args
 
+import torch
 from torch import nn
 
+from bnfinetune.bn.adapt.certainty import logits_in, mutual_information
 from bnfinetune.bn.adapt.copying import bare_copy, switch_where
 from bnfinetune.bn.adapt.tent import MIN_BATCH, Tent
 from bnfinetune.bn.policy.apply import apply_policy
 from bnfinetune.bn.policy.spec import BNPolicy
 from bnfinetune.bn.population import population_of
+from bnfinetune.bn.statistics.batches import device_of, find_images, first_samples, images_tensor, to_device
 from bnfinetune.bn.statistics.precise import precise_bn
+from bnfinetune.bn.statistics.prior_search import CHOICE, choose_prior
 from bnfinetune.errors import PolicyError
 
 Adaptation = Literal["none", "adabn", "mix", "tent"]
@@ -36,6 +41,7 @@ def adapt_model(
     data: Iterable[Any] | None = None,
     *,
     num_samples: int | None = None,
+    prior: float | Literal["auto"] = "auto",
     mix_prior: float = 16.0,
     lr: float = 1e-3,
     passes: int = 1,
@@ -48,7 +54,9 @@ def adapt_model(
         method: none (the model itself is returned), adabn, mix or tent.
         data: unlabelled target data in any form that `precise_bn` takes, to be read more than once for several
             `passes`; needed by adabn, and by tent for more than one pass.
-        num_samples: for adabn, how many samples to use; by default all.
+        num_samples: for adabn, how many samples to use; by default all, under `prior="auto"` at most 512, which are
+            kept in memory.
+        prior: for adabn, N in samples for which the stored statistics count, or auto.
         mix_prior: for mix, N in samples; for tent, N of batches too small to adapt to.
         lr: for tent, the learning rate.
         passes: for tent, how often it may see each sample: it adapts on `passes - 1` passes over `data` here and during
@@ -76,7 +84,37 @@ def adapt_model(
     adapted = bare_copy(model)
     if method == "adabn":
         switch_where(adapted, lambda layer: population_of(layer).stats, eval_stats="running")
-        precise_bn(adapted, cast(Iterable[Any], data), num_samples=num_samples, include_frozen=True)
+        _take_statistics(adapted, cast(Iterable[Any], data), num_samples, prior)
     else:
         apply_policy(adapted, BNPolicy(eval_stats="mix", mix_prior=mix_prior))
     return adapted
+
+
+def _take_statistics(
+    model: nn.Module, data: Iterable[Any], num_samples: int | None, prior: float | Literal["auto"]
+) -> None:
+    if prior != "auto":
+        precise_bn(model, data, num_samples=num_samples, prior=prior, include_frozen=True)
+        return
+    device, batches = device_of(model), list(_first(data, num_samples or CHOICE))
+
+    def information() -> float:
+        logits = []
+        for batch in batches:
+            images = to_device(images_tensor(batch, "adabn"), device)
+            logits.append(logits_in(model(images), len(images), 'adabn with prior="auto"', "prior=0"))
+        return mutual_information(torch.cat(logits))
+
+    with torch.no_grad():
+        choose_prior(model, batches, information, include_frozen=True)
+
+
+def _first(data: Iterable[Any], samples: int) -> Iterator[Any]:
+    """Batches until there are so many samples; the last is cut."""
+    for batch in data:
+        found = find_images(batch)
+        count = samples if found is None else found.samples
+        yield first_samples(batch, min(count, samples))
+        samples -= count
+        if samples <= 0:
+            return

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Sized
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from bnfinetune.bn.adapt.certainty import certainty, logits_in
 from bnfinetune.bn.adapt.copying import bare_copy, switch_where
-from bnfinetune.bn.functional import wide_dtype
 from bnfinetune.bn.layers import find_bn_layers
 from bnfinetune.bn.policy.apply import apply_policy
 from bnfinetune.bn.policy.spec import BNPolicy
@@ -151,7 +151,7 @@ class Tent(nn.Module):
 
     def _adapt_to(self, inputs: tuple[Any, Any], output: Any, samples: int) -> Any:
         """Takes one step, or goes back to the source and predicts anew."""
-        entropies, mean_prediction = _certainty(_logits_in(output, samples))
+        entropies, mean_prediction = certainty(logits_in(output, samples, "TENT", "adabn or mix"))
         entropy = entropies.mean()
         if not entropy.isfinite() or self._average.has_collapsed(entropy.item(), mean_prediction, self.collapse):
             self._back_to_source()
@@ -197,36 +197,6 @@ class _Average:
         classes = math.exp(torch.special.entr(self._prediction).sum().item())
         self._most_classes = max(self._most_classes, classes)
         return classes < share * self._most_classes and self._entropy < self._first_entropy
-
-
-def _logits_in(output: Any, samples: int) -> Tensor:
-    """The logits (N, classes, ...) among what a model gives for N samples.
-
-    Raises:
-        PolicyError: there are none.
-    """
-    found = output
-    if isinstance(output, Mapping):
-        found = next((output[key] for key in ("logits", "out") if key in output), next(iter(output.values()), None))
-    elif hasattr(output, "logits"):
-        found = output.logits
-    elif isinstance(output, list | tuple) and output:
-        found = output[0]
-    is_tensor = isinstance(found, Tensor) and found.is_floating_point() and found.ndim > 1
-    if is_tensor and found.shape[0] == samples and found.shape[1] > 1:
-        return cast(Tensor, found)
-    shape = f" ({', '.join(map(str, found.shape))})" if isinstance(found, Tensor) else ""
-    raise PolicyError(
-        f"TENT needs logits (N, classes) or (N, classes, H, W) for {samples} samples, and the model gives a "
-        f"{type(output).__name__} with a {type(found).__name__}{shape}; use adabn or mix"
-    )
-
-
-def _certainty(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Entropy of each prediction (N, ...), in nats, and the mean prediction (classes,)."""
-    log_p = logits.to(wide_dtype(logits.dtype)).log_softmax(1)
-    p = log_p.exp()
-    return -(p * log_p).sum(1), p.detach().transpose(0, 1).flatten(1).mean(1)
 
 
 def _train_affine_only(net: nn.Module) -> list[nn.Parameter]:

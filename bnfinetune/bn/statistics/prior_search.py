@@ -19,6 +19,10 @@ SHARES: Final = (0.1, 0.25, 0.5, 0.75, 0.99)
 """Weights of the data that are tried beside 0. With a weight of 1, nothing would bound what a channel amplifies."""
 
 
+CHOICE: Final = 512
+"""How many samples are enough to choose by, where they must be kept in memory."""
+
+
 class PriorChoice(NamedTuple):
     """What a search has found.
 

@@ -77,7 +77,14 @@ class Measurer:
             return {}
         with self._enough_memory():
             return {
-                name: recalibrate(network, self.loaders, self.recipe, self.accelerator, exported=moment == "end")
+                name: recalibrate(
+                    network,
+                    self.loaders,
+                    self.recipe,
+                    self.accelerator,
+                    judge="features" if moment == "start" else "labels",
+                    exported=moment == "end",
+                )
                 for name, network in networks.items()
             }
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bnfinetune.bn.policy.domains import domain
 from bnfinetune.bn.statistics.precise import precise_bn
+from bnfinetune.bn.statistics.prior_search import CHOICE
 from bnfinetune.bn.statistics.report import PreciseBNReport
 from bnfinetune.recipe import Recalibrate, Recipe
 from bnfinetune.recipe_files import dump_recipe
@@ -19,6 +20,7 @@ from bnfinetune.training.data.loaders import ImageLoader, Loaders
 from bnfinetune.training.failures import SharedFailures
 from bnfinetune.training.launch import TIMEOUT_MINUTES, on_main
 from bnfinetune.training.measuring.measure import Exported
+from bnfinetune.training.measuring.prior import Judge, recalibrate_by_choice
 from bnfinetune.training.network.backbone import input_config
 from bnfinetune.training.network.norms import norm_config
 from bnfinetune.training.saving.export import save_export, stated_thresholds
@@ -31,6 +33,7 @@ def recalibrate(
     recipe: Recipe,
     accelerator: Accelerator,
     *,
+    judge: Judge = "labels",
     exported: bool = False,
     **selection: Any,
 ) -> PreciseBNReport:
@@ -41,27 +44,27 @@ def recalibrate(
     Args:
         model: The bare network.
         loaders: The run's loaders.
-        recipe: Which images, at most how many, which estimator, and the domain where there are several.
+        recipe: Which images, at most how many, which estimator and prior, and the domain where there are several.
         accelerator: For the autocast precision.
+        judge: By what `recalibrate.prior=auto` chooses, where labels may be used.
         exported: The network is one domain's plain copy, which has no domains any more.
         **selection: `layers` and `exclude` of `precise_bn`.
 
     Raises:
         StatisticsError: The pass failed; the network is as it was.
     """
-    section, name = recipe.recalibrate, recipe.evaluated_domain
+    section, name, number = recipe.recalibrate, recipe.evaluated_domain, recipe.evaluated_domain_number
     loader = _loader(loaders, section)
-    enough = section.samples is not None and (loader.images is None or section.samples < loader.images)
+    options = {**selection, "variance": section.variance, "tolerance": section.tolerance, "include_frozen": True}
     with accelerator.autocast(), nullcontext() if name is None or exported else domain(model, name):
-        return precise_bn(
-            model,
-            _images(loader, recipe.evaluated_domain_number),
-            num_samples=section.samples if enough else None,
-            tolerance=section.tolerance,
-            variance=section.variance,
-            include_frozen=True,
-            **selection,
-        )
+        if section.prior == "auto":
+            few = _share_of(_labelled(loader, number), section.samples or CHOICE, accelerator)
+            judge = "certainty" if section.data == "target" else judge
+            return recalibrate_by_choice(model, few, judge, accelerator, **options)
+        enough = section.samples is not None and (loader.images is None or section.samples < loader.images)
+        images = (images for images, _ in _labelled(loader, number))
+        samples = section.samples if enough else None
+        return precise_bn(model, images, num_samples=samples, prior=section.prior, **options)
 
 
 def recalibrate_checkpoint(checkpoint: str, out: str, overrides: Sequence[str] = ()) -> PreciseBNReport:
@@ -81,8 +84,10 @@ def recalibrate_checkpoint(checkpoint: str, out: str, overrides: Sequence[str] =
     target = on_main(accelerator, lambda: choose_folder(out, "recalibrated"))
     splits = exported.splits(overrides, any_classes=True)
     data_config = input_config(model, recipe.data.image_size)
+    known = tuple(model.pretrained_cfg.get("label_names") or ()) == tuple(splits.class_names)
+    judge: Judge = "labels" if known else "certainty"
     with closing(recipe_loaders(recipe, splits, data_config, accelerator)) as loaders, SharedFailures(TIMEOUT_MINUTES):
-        report = recalibrate(model, loaders, recipe, accelerator, exported=True)
+        report = recalibrate(model, loaders, recipe, accelerator, judge=judge, exported=True)
     names = model.pretrained_cfg.get("label_names") or [str(number) for number in range(model.num_classes)]
     source = {
         "computed": "precise-BN",
@@ -100,13 +105,26 @@ def recalibrate_checkpoint(checkpoint: str, out: str, overrides: Sequence[str] =
     return report
 
 
-def _images(loader: ImageLoader, number: int | None) -> Iterator[Tensor]:
-    """The images of a loader; where batches tell domains, only those of the domain of that number."""
-    for images, _, *more in loader:
-        tells = number is not None and loader.emits_domains
-        chosen = images[more[0] == number] if tells else images
-        if len(chosen):
-            yield chosen
+def _labelled(loader: ImageLoader, number: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels of a loader; where batches tell domains, only those of the domain of that number."""
+    for images, labels, *more in loader:
+        chosen = more[0] == number if number is not None and loader.emits_domains else slice(None)
+        if len(images[chosen]):
+            yield images[chosen], labels[chosen]
+
+
+def _share_of(
+    batches: Iterator[tuple[Tensor, Tensor]], samples: int, accelerator: Accelerator
+) -> list[tuple[Tensor, Tensor]]:
+    """The first batches of this rank, until it has its share of so many images."""
+    taken: list[tuple[Tensor, Tensor]] = []
+    left = -(-samples // accelerator.num_processes)
+    for images, labels in batches:
+        taken.append((images[:left], labels[:left]))
+        left -= len(taken[-1][0])
+        if not left:
+            break
+    return taken
 
 
 def _loader(loaders: Loaders, section: Recalibrate) -> ImageLoader:

@@ -1,0 +1,66 @@
+"""How good predictions look without labels: each sure of its class, and all together of many classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from bnfinetune.bn.functional import wide_dtype
+from bnfinetune.errors import PolicyError
+
+
+def logits_in(output: Any, samples: int, caller: str, instead: str) -> Tensor:
+    """The logits (N, classes, ...) among what a model gives for N samples.
+
+    Args:
+        output: a tensor, a tuple or list with the logits first, a dict or an output object with `logits` or `out`.
+        samples: N.
+        caller: who needs them, for the message.
+        instead: what to use where there are none.
+
+    Raises:
+        PolicyError: there are none.
+    """
+    found = output
+    if isinstance(output, Mapping):
+        found = next((output[key] for key in ("logits", "out") if key in output), next(iter(output.values()), None))
+    elif hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, list | tuple) and output:
+        found = output[0]
+    is_tensor = isinstance(found, Tensor) and found.is_floating_point() and found.ndim > 1
+    if is_tensor and found.shape[0] == samples and found.shape[1] > 1:
+        return cast(Tensor, found)
+    shape = f" ({', '.join(map(str, found.shape))})" if isinstance(found, Tensor) else ""
+    raise PolicyError(
+        f"{caller} needs logits (N, classes) or (N, classes, H, W) for {samples} samples, and the model gives a "
+        f"{type(output).__name__} with a {type(found).__name__}{shape}; use {instead}"
+    )
+
+
+def certainty(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Entropy of each prediction (N, ...), in nats, and the mean prediction (classes,)."""
+    log_p = logits.to(wide_dtype(logits.dtype)).log_softmax(1)
+    p = log_p.exp()
+    return -(p * log_p).sum(1), p.detach().transpose(0, 1).flatten(1).mean(1)
+
+
+def mutual_information(logits: Tensor, *, several: bool = False) -> float:
+    """Information that a prediction holds of its image, in nats: `H(mean_i p_i) - mean_i H(p_i)`.
+
+    Predictions that are all alike, as of a network whose statistics are wrong, hold none, however sure they are.
+    Source: Bridle, Heading and MacKay, "Unsupervised Classifiers, Mutual Information and 'Phantom Targets'", 1991.
+
+    Args:
+        logits: (N, classes), or (N, classes, H, W), where every pixel is a prediction.
+        several: whether an image may be of several classes, each of which is a prediction of its own; then the mean
+            over the classes.
+    """
+    if several:
+        each = [mutual_information(torch.stack([one, torch.zeros_like(one)], 1)) for one in logits.unbind(1)]
+        return sum(each) / len(each)
+    entropies, mean_prediction = certainty(logits)
+    return float(torch.special.entr(mean_prediction).sum() - entropies.mean())
