@@ -29,7 +29,9 @@ class Record:
     def note_recalibration(self, reports: Iterable[PreciseBNReport], data: str, moment: str) -> None:
         """Write down that statistics were computed anew, from `data`."""
         for report in reports:
-            self.statistics.update(computed="precise-BN", images=report.samples, data=data, at=moment)
+            self.statistics.update(
+                computed="precise-BN", images=report.samples, data=data, at=moment, share=report.share
+            )
 
     def state(self) -> dict[str, Any]:
         """What a training state holds of it."""

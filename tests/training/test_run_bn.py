@@ -126,6 +126,7 @@ def test_statistics_of_other_weights_warn(images, tmp_path):
 def test_recalibrating_recipes_change_statistics_as_they_say(recipe, images, tmp_path):
     start = write_weights(tmp_path / "start.safetensors", "efficientnet_b0")
     options = {"model.name": "efficientnet_b0", "model.checkpoint": tmp_path / "start.safetensors"}
+    options |= {"recalibrate.prior": 18}
     bnf.finetune(recipe, **settings(images, tmp_path / "run", **options))
     end, keys = exported(tmp_path / "run" / "best"), bn_keys("efficientnet_b0")
     assert any(not torch.equal(start[key], end[key]) for key in keys["statistics"])
@@ -134,6 +135,22 @@ def test_recalibrating_recipes_change_statistics_as_they_say(recipe, images, tmp
     if recipe == "precise_then_freeze":
         one, last = states(tmp_path / "run").values()
         assert all(torch.equal(one[key], last[key]) for key in keys["statistics"])
+
+
+@pytest.mark.parametrize("recipe", ["adabn", "precise_then_freeze"])
+@pytest.mark.parametrize("damaged", [True, False])
+def test_a_chosen_prior_leaves_statistics_alone_unless_the_images_know_better(recipe, damaged, images, tmp_path):
+    write_weights(tmp_path / "start.safetensors", "bnf_resnet")
+    if damaged:  # every image ends in the same activations
+        weights = load_file(str(tmp_path / "start.safetensors"))
+        for key in weights:
+            if key.endswith("running_mean"):
+                weights[key] += 30 * weights[key.replace("mean", "var")].sqrt()
+        save_file(weights, str(tmp_path / "start.safetensors"))
+    options = {"model.name": "bnf_resnet", "model.checkpoint": tmp_path / "start.safetensors"}
+    bnf.finetune(recipe, **settings(images, tmp_path / "run", **options))
+    stated = json.loads((tmp_path / "run/best/statistics.json").read_text())
+    assert (stated["share"] > 0) == damaged, stated
 
 
 def test_statistics_come_from_the_images_and_preprocessing_asked_for(images, tmp_path):

@@ -92,6 +92,7 @@ def recalibrate_checkpoint(checkpoint: str, out: str, overrides: Sequence[str] =
     source = {
         "computed": "precise-BN",
         "images": report.samples,
+        "share": report.share,
         "data": recipe.recalibrate.data,
         "source": recipe.data.source,
         "fingerprint": splits.fingerprint(),

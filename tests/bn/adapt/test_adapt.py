@@ -5,18 +5,24 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 
+import numpy as np
 import pytest
+import timm
 import torch
+import torchvision.transforms.v2.functional as tvf
 from accelerate import cpu_offload
+from scipy.stats import entropy
 from timm.layers import BatchNormAct2d
 from torch import nn
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from bnfinetune.bn import BNPolicy, apply_policy, find_bn_layers, freeze_bn
 from bnfinetune.bn.adapt import Tent, adapt_model
+from bnfinetune.bn.adapt.certainty import mutual_information
 from bnfinetune.bn.folding.fold import fold_bn, fold_report
 from bnfinetune.bn.statistics.precise import precise_bn
 from bnfinetune.errors import PolicyError, SelectionError
+from tests.bench.domain_shift import accuracy, characters
 from tests.bn.models import backbone, differing, images, tensors_of, toy
 
 CLASSES = 5
@@ -55,10 +61,46 @@ def test_adabn_is_a_pass_of_precise_bn_over_the_target_data():
     model = classifier()
     freeze_bn(model, layers="1")
     data = [shifted(seed=seed) for seed in range(3)]
-    adapted, expected = adapt_model(model, "adabn", data, num_samples=40), copy.deepcopy(model)
+    adapted, expected = adapt_model(model, "adabn", data, num_samples=40, prior=0), copy.deepcopy(model)
     precise_bn(expected, data, num_samples=40, include_frozen=True)
     assert torch.equal(adapted(data[0]), expected(data[0]))
     assert not torch.allclose(adapted(data[0]), model(data[0]))
+
+
+@pytest.mark.parametrize("damage", [0.3, 1.0])
+def test_adabn_goes_as_far_as_predictions_gain(damage):
+    """Dark characters, which ruin the source's statistics, and characters as the network knows them."""
+    model = timm.create_model("bnf_resnet", pretrained=True).eval()
+    config = model.pretrained_cfg
+    target, held_out, labels = (part[:384] for part in characters(384, 980, 0))
+    target, held_out = (tvf.normalize(damage * part, config["mean"], config["std"]) for part in (target, held_out))
+    adapted = adapt_model(model, "adabn", iter(target.split(128)))
+    source, found = accuracy(model, held_out, labels), accuracy(adapted, held_out, labels)
+    full = accuracy(adapt_model(model, "adabn", target.split(128), prior=0), held_out, labels)
+    assert found > max(source, full) - 2, (source, found, full)
+    assert (source < 50) == (damage < 1)
+
+
+def test_adabn_by_choice_needs_logits_and_takes_those_of_many_labels_and_pixels():
+    data = [shifted(seed=seed) for seed in range(2)]
+    dense = toy().eval()
+    assert adapt_model(dense, "adabn", data)(data[0]).shape == (32, 6, 4, 4)
+    with pytest.raises(PolicyError, match="prior=0"):
+        adapt_model(nn.Sequential(*toy(), nn.Flatten(0)).eval(), "adabn", data)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_mutual_information_equals_scipys_entropies(several):
+    logits = 3 * torch.randn(40, 5, generator=torch.Generator().manual_seed(0)) + torch.arange(5)
+    found = mutual_information(logits, several=several)
+    if several:
+        p = logits.double().sigmoid().numpy()
+        pairs = np.stack([p, 1 - p], -1)
+        expected = (entropy(pairs.mean(0), axis=-1) - entropy(pairs, axis=-1).mean(0)).mean()
+    else:
+        p = logits.double().softmax(1).numpy()
+        expected = entropy(p.mean(0)) - entropy(p, axis=1).mean()
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_mixing_weighs_stored_statistics_as_so_many_samples():
