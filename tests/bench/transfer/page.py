@@ -1,0 +1,77 @@
+"""The page of the bench: docs/transfer.md, from what is recorded in docs/benchmarks/transfer.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import mean
+
+from scipy.stats import ttest_1samp
+
+from tests.bench.pages import DOCS, put_table
+from tests.bench.results import FOLDER, recorded
+
+Scores = dict[str, dict[str, dict[str, float]]]
+"""Top-1 in percent by place, way and seed."""
+
+REFERENCE = "freeze_bn"
+
+
+def scores(batch: int) -> Scores:
+    """All results for one batch size."""
+    return {
+        place: {way: {seed: run["top1"] for seed, run in sorted(runs.items())} for way, runs in found["ways"].items()}
+        for place, found in recorded("transfer").items()
+        if place.endswith(f"batches of {batch}")
+    }
+
+
+def write_page(batches: Sequence[int], ways: Sequence[str]) -> str:
+    """Puts the tables into the page; gives them as text too."""
+    parts = [text for batch in batches if (text := _part(batch, scores(batch), ways))]
+    text = "\n\n".join(parts)
+    what = (
+        f"Top-1 on the test images in %: mean of the seeds, in brackets the lowest and highest; paired with {REFERENCE}"
+    )
+    put_table(DOCS / "transfer.md", FOLDER / "transfer.json", text, what)
+    return text
+
+
+def _part(batch: int, found: Scores, ways: Sequence[str]) -> str:
+    known = [way for way in ways if any(way in runs for runs in found.values())]
+    if not known:
+        return ""
+    head = ["way", *(place.rpartition(", ")[0] for place in found), f"against {REFERENCE}", "regret, mean", "worst"]
+    rows = [[f"`{way}`", *_cells(found, way), *_compared(found, way), *_regret(found, way)] for way in known]
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
+    return "\n".join([f"### Batches of {batch}", "", *lines])
+
+
+def _cells(found: Scores, way: str) -> Iterator[str]:
+    for runs in found.values():
+        values = list(runs.get(way, {}).values())
+        yield f"{mean(values):.1f} ({min(values):.1f}-{max(values):.1f})" if values else "-"
+
+
+def _compared(found: Scores, way: str) -> list[str]:
+    """The mean difference to the reference over tasks, backbones and seeds, with its 95 % confidence interval."""
+    differences = list(_differences(found, way, REFERENCE))
+    if way == REFERENCE or len(differences) < 2:
+        return ["-"]
+    low, high = ttest_1samp(differences, 0.0).confidence_interval()
+    return [f"{mean(differences):+.1f} ({low:+.1f} to {high:+.1f})"]
+
+
+def _differences(found: Scores, way: str, other: str) -> Iterator[float]:
+    for runs in found.values():
+        both = runs.get(way, {}).keys() & runs.get(other, {}).keys()
+        yield from (runs[way][seed] - runs[other][seed] for seed in sorted(both))
+
+
+def _regret(found: Scores, way: str) -> list[str]:
+    """How far a way stays behind the best recipe of each task and backbone, in the mean over seeds."""
+    behind = [max(map(_mean, runs.values())) - _mean(runs[way]) for runs in found.values() if way in runs]
+    return [f"{mean(behind):.1f}", f"{max(behind):.1f}"] if len(behind) == len(found) else ["-", "-"]
+
+
+def _mean(runs: Mapping[str, float]) -> float:
+    return mean(runs.values())
