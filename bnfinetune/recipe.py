@@ -391,7 +391,7 @@ class Evaluate(Section):
         default="none",
         description="how the finished network adapts, on a copy, to the unlabelled images that it is measured on",
     )
-    adapt_samples: Positive | None = Field(default=None, description="adapt=adabn: images used; null: all")
+    adapt_samples: Positive | None = Field(default=None, description="adapt=adabn: images used; null: at most 512")
     adapt_prior: Rate = Field(default=16.0, description="adapt=mix: images that the stored statistics count for")
     adapt_lr: AboveZero = Field(default=1e-3, description="adapt=tent: learning rate")
     domain: str | None = Field(
