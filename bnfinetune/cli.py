@@ -51,9 +51,9 @@ def train(arguments: Arguments) -> None:
 
 
 @verb(
-    "checkpoint=FOLDER [adapt=none|adabn|mix|tent] [format=table|json] [key=value ...]",
+    "checkpoint=FOLDER [adapt=none|adabn|mix|ema|tent] [format=table|json] [key=value ...]",
     overrides=True,
-    adapt="how a copy of the network adapts to the images, labels unused: none (default), adabn, mix or tent",
+    adapt="how a copy of the network adapts to the images, labels unused: none (default), adabn, mix, ema or tent",
     checkpoint="a run folder (its best checkpoint is taken), RUN/best, or any folder that timm saved",
     format="table (default) or json",
 )
@@ -69,7 +69,7 @@ def evaluate(arguments: Arguments) -> None:
 
     checkpoint = _checkpoint(arguments)
     form = arguments.choose("format", "table", "json")
-    adapt = arguments.choose("adapt", "none", "adabn", "mix", "tent")
+    adapt = arguments.choose("adapt", "none", "adabn", "mix", "ema", "tent")
     overrides = (
         [*arguments.overrides, f"evaluate.adapt={adapt}"] if "adapt" in arguments.options else arguments.overrides
     )

@@ -387,7 +387,7 @@ class Evaluate(Section):
         default=None, description="optimizer updates between evaluations, instead of epochs"
     )
     batch_size: Positive = Field(default=256, description="images per process and forward")
-    adapt: Literal["none", "adabn", "mix", "tent"] = Field(
+    adapt: Literal["none", "adabn", "mix", "ema", "tent"] = Field(
         default="none",
         description="how the finished network adapts, on a copy, to the unlabelled images that it is measured on",
     )

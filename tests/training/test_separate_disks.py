@@ -152,8 +152,9 @@ def test_verbs_on_checkpoints_need_the_disk_of_the_first_rank_alone(run_of_the_f
     found = json.loads(said[said.index("{") : said.rindex("}") + 1])["validation"]
     assert found["images"] == alone.images
     assert found["loss"] == pytest.approx(alone.loss, rel=1e-6)
-    words = ["recalibrate", "checkpoint=run", "out=new"]
+    words = ["recalibrate", "checkpoint=run", "out=new", "recalibrate.prior=auto"]
     assert nursery.run(command, words, tmp_path, ranks=2) == [0, 0], nursery.said()
+    assert json.loads((tmp_path / "0/new/statistics.json").read_text())["share"] in (0, 0.1, 0.25, 0.5, 0.75, 0.99)
     assert (tmp_path / "0/new/model.safetensors").is_file()
     words = ["predict", "checkpoint=run", "images/val", "format=jsonl"]
     assert nursery.run(command, words, tmp_path, ranks=2) == [0, 0], nursery.said()

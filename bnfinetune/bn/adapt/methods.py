@@ -8,6 +8,8 @@ Each way works on a copy; the model itself stays as it is. From the safest to th
 - `mix`: each batch is normalised by a mixture of stored and its own statistics (Schneider et al. 2020, "Improving
   robustness against common corruptions by covariate shift adaptation"): for n samples
   `m' = N/(N+n) m + n/(N+n) m_B`, likewise the variance; N is the prior, in samples.
+- `ema`: for streams and small batches, an average over the batches so far, mixed layer by layer with the stored
+  statistics (Su et al. 2024, "Unraveling Batch Normalization for Realistic Test-Time Adaptation"); see `StreamEma`.
 - `tent`: each batch is normalised by its own statistics, and one gradient step on the weights and biases of BN layers
   makes the predictions more certain (Wang et al. 2021, "Tent: Fully Test-Time Adaptation by Entropy Minimization").
 """
@@ -22,6 +24,7 @@ from torch import nn
 
 from bnfinetune.bn.adapt.certainty import logits_in, mutual_information
 from bnfinetune.bn.adapt.copying import bare_copy, switch_where
+from bnfinetune.bn.adapt.ema import StreamEma
 from bnfinetune.bn.adapt.tent import MIN_BATCH, Tent
 from bnfinetune.bn.policy.apply import apply_policy
 from bnfinetune.bn.policy.spec import BNPolicy
@@ -31,7 +34,7 @@ from bnfinetune.bn.statistics.precise import precise_bn
 from bnfinetune.bn.statistics.prior_search import CHOICE, choose_prior
 from bnfinetune.errors import PolicyError
 
-Adaptation = Literal["none", "adabn", "mix", "tent"]
+Adaptation = Literal["none", "adabn", "mix", "ema", "tent"]
 ADAPTATIONS: tuple[str, ...] = get_args(Adaptation)
 
 
@@ -51,7 +54,7 @@ def adapt_model(
 
     Args:
         model: a trained model with BN layers, under a policy or not.
-        method: none (the model itself is returned), adabn, mix or tent.
+        method: none (the model itself is returned), adabn, mix, ema or tent.
         data: unlabelled target data in any form that `precise_bn` takes, to be read more than once for several
             `passes`; needed by adabn, and by tent for more than one pass.
         num_samples: for adabn, how many samples to use; by default all, under `prior="auto"` at most 512, which are
@@ -81,6 +84,8 @@ def adapt_model(
         if data is not None:
             tent.adapt(data, passes)
         return tent
+    if method == "ema":
+        return StreamEma(model)
     adapted = bare_copy(model)
     if method == "adabn":
         switch_where(adapted, lambda layer: population_of(layer).stats, eval_stats="running")

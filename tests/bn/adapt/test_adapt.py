@@ -14,6 +14,7 @@ from accelerate import cpu_offload
 from scipy.stats import entropy
 from timm.layers import BatchNormAct2d
 from torch import nn
+from torch.distributions import Normal, kl_divergence
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from bnfinetune.bn import BNPolicy, apply_policy, find_bn_layers, freeze_bn
@@ -42,7 +43,7 @@ def test_none_is_the_model_itself():
     assert adapt_model(model, "none") is model
 
 
-@pytest.mark.parametrize("method", ["adabn", "mix", "tent"])
+@pytest.mark.parametrize("method", ["adabn", "mix", "ema", "tent"])
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNormAct2d])
 def test_the_model_itself_stays_as_it_is(method, norm):
     model = classifier(norm)
@@ -112,6 +113,47 @@ def test_mixing_weighs_stored_statistics_as_so_many_samples():
     mean, var = (24 * 2.0 + 8 * batch_mean) / 32, (24 * 9.0 + 8 * batch_var) / 32
     expected = (x - mean.view(1, -1, 1, 1)) / (var + norm.eps).sqrt().view(1, -1, 1, 1)
     torch.testing.assert_close(adapt_model(nn.Sequential(norm), "mix", mix_prior=24.0)(x), expected)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNormAct2d])
+@pytest.mark.parametrize("batch", [1, 6, 200])
+def test_a_stream_is_followed_layer_by_layer_as_the_paper_has_it(norm, batch):
+    model = toy(norm).eval().double()
+    adapted, momentum = adapt_model(model, "ema"), {1: 0.01, 6: 0.01, 200: 1.0}[batch]
+    layers = [model[1], model[4]]
+    stored = [(layer.running_mean, layer.running_var) for layer in layers]
+    averages, weights = list(stored), [0.25, 0.25]
+    for seed in range(3):
+        x = found = shifted(batch, seed).double()
+        for number, layer in enumerate(layers):
+            x = model[0](x) if number == 0 else model[3](model[2](x))
+            v_b, m_b = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+            m_e, v_e = averages[number]
+            m_e, v_e = (1 - momentum) * m_e + momentum * m_b, (1 - momentum) * v_e + momentum * v_b
+            averages[number] = m_e, v_e
+            (m_s, v_s), w = stored[number], weights[number]
+            mean = (1 - w) * m_e + w * m_s
+            var = (1 - w) * (v_e + m_e**2) + w * (v_s + m_s**2) - mean**2
+            x = (x - mean[:, None, None]) / (var[:, None, None] + layer.eps).sqrt()
+            x = x * layer.weight[:, None, None] + layer.bias[:, None, None]
+            x = x.relu() if isinstance(layer, BatchNormAct2d) else x
+        torch.testing.assert_close(adapted(found), x)
+        apart = []
+        for layer, (m_s, v_s), (m_e, v_e) in zip(layers, stored, averages, strict=True):
+            one, other = (Normal(m, (v + layer.eps).sqrt()) for m, v in ((m_s, v_s), (m_e, v_e)))
+            apart.append((kl_divergence(one, other) + kl_divergence(other, one)).mean())
+        z = (torch.stack(apart) - torch.stack(apart).mean()) / torch.stack(apart).std(correction=0)
+        weights = ((z.clip(-1, 1) + 1) / 4).tolist()
+        assert list(adapted.source_weights.values()) == pytest.approx(weights)
+    assert adapted.batches == 3
+    assert not adapted.train().training
+
+
+def test_an_empty_batch_and_a_model_without_statistics():
+    adapted = adapt_model(toy(), "ema")
+    assert adapted(torch.zeros(0, 3, 8, 8)).shape[0] == 0
+    with pytest.raises(PolicyError, match="no BN layer has any"):
+        adapt_model(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), "ema")
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNormAct2d])

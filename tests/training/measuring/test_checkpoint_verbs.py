@@ -122,7 +122,7 @@ def test_recalibrate_writes_a_new_folder_whose_statistics_are_the_datas(result, 
     assert "is not empty" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("adapt", ["adabn", "mix", "tent"])
+@pytest.mark.parametrize("adapt", ["adabn", "mix", "ema", "tent"])
 def test_evaluate_adapts_a_copy(adapt, result, capsys):
     plain = evaluate_checkpoint(str(result.folder))["validation"]
     assert main(["evaluate", f"checkpoint={result.folder}", f"adapt={adapt}", "format=json"]) == 0
