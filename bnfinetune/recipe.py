@@ -427,13 +427,17 @@ class Run(Section):
         default="warn", description="look for BatchNorm pitfalls before training: print what is found, or refuse errors"
     )
     report: bool = Field(
-        default=True, description="follow the BN statistics over the run, and write report.html at its end"
+        default=True,
+        description="follow the BN statistics over the run, and write report.html meanwhile and at its end",
     )
     log_every: AboveZero = Field(
         default=30.0, description="seconds between lines of progress in run.log, and where output is no terminal"
     )
     tracking: str | None = Field(
         default=None, description="trackers of Accelerate, comma-separated, such as tensorboard or wandb"
+    )
+    track_every: Positive = Field(
+        default=10, description="optimizer updates between a tracker's points of loss, learning rate and speed"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +12,16 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from bnfinetune.bn.layers import is_bn_layer
+from bnfinetune.diagnose.finding import Findings
 from bnfinetune.recipe_files import dump_recipe
 from bnfinetune.training.assembly import Assembly
 from bnfinetune.training.data.loaders import EvalLoader
+from bnfinetune.training.ending import Best
 from bnfinetune.training.launch import GlobalBatch, on_main
 from bnfinetune.training.measuring.measurer import Measurer
 from bnfinetune.training.measuring.metrics import Metrics
 from bnfinetune.training.record import Record
+from bnfinetune.training.reporting.report_page import write_page
 from bnfinetune.training.saving.atomic import append_line, in_words, write_text
 from bnfinetune.training.saving.run_folder import METRICS, UNREADABLE, RunFolder
 from bnfinetune.training.saving.states import StateStore, random_state, rank_statistics
@@ -32,6 +36,7 @@ class Pauses:
     record: Record
     measurer: Measurer
     validation: EvalLoader  # or the features of its images
+    findings: Findings
     say: Callable[[str], None]
 
     def __post_init__(self) -> None:
@@ -40,6 +45,8 @@ class Pauses:
         going_on = self.folder.state is not None
         self.saved_update = self.trainer.progress.update if going_on else None  # of the newest state
         self.told_skipped = self.trainer.progress.skipped
+        self.best: Metrics | None = None  # since this start of the run
+        self.page_at = time.monotonic()  # of the last page
 
     def __call__(self, *, evaluate: bool) -> None:
         """Evaluate if it is time, and save.
@@ -71,6 +78,8 @@ class Pauses:
         self.list_unreadable()
         if better and self.accelerator.is_main_process:
             self.setup.export(network, self.folder, self.record.statistics, metrics.thresholds)
+        self.best = metrics if better else self.best
+        self._write_page(network, self.best or metrics)
 
     def _compare(self, network: nn.Module, metrics: Metrics) -> bool:
         """Whether a network is the best so far; one that holds a value which is not finite never is."""
@@ -95,6 +104,16 @@ class Pauses:
         if progress.skipped > self.told_skipped:
             self.say(f"skipped {progress.skipped - self.told_skipped} updates: loss or gradient was not finite")
         self.told_skipped = progress.skipped
+
+    def _write_page(self, network: nn.Module, metrics: Metrics) -> None:
+        """Let the run be looked at as it goes on, as often as it says a line."""
+        run, now = self.trainer.recipe.run, time.monotonic()
+        if not (run.report and self.accelerator.is_main_process) or now - self.page_at < run.log_every:
+            return
+        so_far = Best(network, {"validation": metrics}, None, None, self.measurer.drift_at_start)
+        with in_words(f"the report in {self.folder.path}"):
+            write_page(self.setup, self.folder, self.record, so_far, self.findings)
+        self.page_at = time.monotonic()
 
     def list_unreadable(self) -> None:
         """Write down the images that were left out, over all ranks and starts of the run."""

@@ -106,9 +106,9 @@ def _train(recipe: Recipe, accelerator: Accelerator, lock: RunLock, say: Lines) 
         say.write_to(folder.path / LOG)  # not before: a state that is refused leaves its run as it was
         with (
             features_or_images(trainer, record.statistics["fingerprint"], say) as (images, validation),
-            shown_progress(recipe, trainer.updates, trainer.progress.update, say) as show,
+            shown_progress(recipe, trainer.updates, trainer.progress.update, say, accelerator.log) as show,
         ):
-            pauses = Pauses(setup, folder, record, measurer, validation, say)
+            pauses = Pauses(setup, folder, record, measurer, validation, findings, say)
             trainer.fit(pauses, images, show)
         best = measure_best(setup, folder, record, measurer, say)
         pauses.list_unreadable()

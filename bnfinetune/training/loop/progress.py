@@ -62,6 +62,24 @@ class Progress:
         return better
 
 
+class Status(NamedTuple):
+    """The last update.
+
+    Attributes:
+        loss: The training loss over all ranks; None where it was not finite.
+        lr: The largest learning rate.
+        images_per_second: Over all ranks and the run so far.
+    """
+
+    loss: float | None
+    lr: float
+    images_per_second: float
+
+    def __str__(self) -> str:
+        loss = "not finite" if self.loss is None else f"{self.loss:.3f}"
+        return f"loss {loss}  lr {self.lr:.2g}  {self.images_per_second:.0f} images/s"
+
+
 class Rhythm(NamedTuple):
     """When a run pauses by itself, besides the ends of its epochs.
 

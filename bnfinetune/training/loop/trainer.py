@@ -31,7 +31,7 @@ from bnfinetune.training.loop.guard import StepGuard, gradient_norm
 from bnfinetune.training.loop.losses import build_loss
 from bnfinetune.training.loop.nonfinite import likely_cause
 from bnfinetune.training.loop.phases import Phase, planned_phases
-from bnfinetune.training.loop.progress import Progress, rhythm_of, total_updates
+from bnfinetune.training.loop.progress import Progress, Status, rhythm_of, total_updates
 from bnfinetune.training.loop.requests import Asked, Requests, end_by
 from bnfinetune.training.measuring.recalibrate import recalibrate
 from bnfinetune.training.network.optim import build_optimizer, build_schedule, count_steps, regroup
@@ -42,7 +42,7 @@ _DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
 _KEEP_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
 
 
-Show = Callable[[Progress, str], None]
+Show = Callable[[Progress, Status], None]
 
 
 class Pause(Protocol):
@@ -354,11 +354,10 @@ class Trainer:
         return torch.cat(parts)[torch.cat(rows).argsort()]
 
     @property
-    def status(self) -> str:
-        """The last update in a few words."""
+    def status(self) -> Status:
+        """The last update in numbers."""
         lr = max(group["lr"] for group in self.optimizer.param_groups)
-        loss = f"{self.losses[-1][0]:.3f}" if self.losses else "not finite"
-        return f"loss {loss}  lr {lr:.2g}  {self.progress.rate:.0f} images/s"
+        return Status(self.losses[-1][0] if self.losses else None, lr, self.progress.rate)
 
     def is_evaluation(self, ends_epoch: bool) -> bool:
         """Whether to evaluate after the update just made: at the rhythm asked for, and after the last one."""

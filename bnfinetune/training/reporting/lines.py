@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from bnfinetune.bn.statistics.report import PreciseBNReport
 from bnfinetune.recipe import Recipe
-from bnfinetune.training.loop.progress import Progress
+from bnfinetune.training.loop.progress import Progress, Status
 
 LOG = "run.log"
 _KEPT = 10_000  # lines said before there is a folder to write them to
@@ -67,26 +67,32 @@ class Lines:
 
 
 @contextmanager
-def shown_progress(recipe: Recipe, updates: int, start: int, say: Lines) -> Iterator[Callable[[Progress, str], None]]:
+def shown_progress(
+    recipe: Recipe, updates: int, start: int, say: Lines, track: Callable[[dict[str, float], int], None]
+) -> Iterator[Callable[[Progress, Status], None]]:
     """Within this context a run's progress is shown: as a bar on a terminal, elsewhere as a line from time to time.
 
     Args:
-        recipe: Its name, and `run.log_every`.
+        recipe: Its name, `run.log_every` and `run.track_every`.
         updates: Of the whole run.
         start: Updates already made.
         say: Says the lines; where there is a bar, they go into the file alone.
+        track: Gives trackers values by name, and the update that they are of.
 
     Yields:
-        What is to be called with the progress and a few words after each update.
+        What is to be called with the progress and the last update after each update.
     """
     terminal = say.speaks and sys.stderr.isatty()
     bar = tqdm(total=updates, initial=start, desc=recipe.name, unit="update", dynamic_ncols=True, disable=not terminal)
     begin = last = time.monotonic()
 
-    def show(progress: Progress, status: str) -> None:
+    def show(progress: Progress, status: Status) -> None:
         nonlocal last
+        if progress.update % recipe.run.track_every == 0:
+            known = {key: value for key, value in status._asdict().items() if value is not None}
+            track({f"update/{key}": value for key, value in known.items()}, progress.update)
         if not bar.disable:
-            bar.set_postfix_str(status, refresh=False)
+            bar.set_postfix_str(str(status), refresh=False)
             bar.update(progress.update - bar.n)
         now = time.monotonic()
         if now - last >= recipe.run.log_every:

@@ -1,4 +1,4 @@
-"""The page of a finished run, `report.html`, and the same in numbers, `report.json`."""
+"""The page of a run, finished or not, `report.html`, and the same in numbers, `report.json`."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def write_page(setup: Assembly, folder: RunFolder, record: Record, best: Best, f
     last, worst = list(best.after)[-1], [] if best.mistakes is None else best.mistakes.worst
     reader: Any = trainer.loaders.measured[last].dataset
     progress = trainer.progress
+    running = "" if trainer.is_over else f" (running, update {progress.update} of {trainer.updates})"
     story = RunStory(
-        title=f"{recipe.name}: {recipe.model.name} on {recipe.data.source}",
+        title=f"{recipe.name}: {recipe.model.name} on {recipe.data.source}{running}",
         before={name: metrics.scalars() for name, metrics in record.before.items()},
         after={name: metrics.scalars() for name, metrics in best.after.items()},
         history=[{"update": 0} | record.before["validation"].scalars() | dict(best.drift_at_start), *record.history],

@@ -24,6 +24,7 @@ _FREE_KEYS = {
         "run.check",
         "run.report",
         "run.tracking",
+        "run.track_every",
         "run.log_every",
         "data.workers",
         "train.cache_dir",

@@ -12,7 +12,7 @@ import pytest
 
 import bnfinetune as bnf
 from bnfinetune.recipe_files import load_recipe
-from bnfinetune.training.loop.progress import Progress
+from bnfinetune.training.loop.progress import Progress, Status
 from bnfinetune.training.reporting.lines import Lines, shown_progress
 from tests.training.loop.test_guard import settings
 from tests.training.support import write_images
@@ -54,21 +54,25 @@ def test_the_clock_decides_about_lines(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr("bnfinetune.training.reporting.lines.time.monotonic", lambda: now[0])
     recipe = load_recipe("full", {"run.log_every": 10})
-    with shown_progress(recipe, 100, 40, Lines(speaks=True)) as show:
+    points = []
+    with shown_progress(recipe, 100, 40, Lines(speaks=True), lambda *point: points.append(point)) as show:
         for update in range(41, 61):
             now[0] += 1
-            show(Progress(update=update), "loss 1.000")
+            show(Progress(update=update), Status(None if update == 50 else 1.0, 0.1, 5.0))
     assert capsys.readouterr().out.splitlines() == [
-        "update    50/100  loss 1.000  ETA 0:00:50", "update    60/100  loss 1.000  ETA 0:00:40",
-    ]  # fmt: skip
+        "update    50/100  loss not finite  lr 0.1  5 images/s  ETA 0:00:50",
+        "update    60/100  loss 1.000  lr 0.1  5 images/s  ETA 0:00:40",
+    ]
+    speed = {"update/lr": 0.1, "update/images_per_second": 5.0}
+    assert points == [(speed, 50), ({"update/loss": 1.0} | speed, 60)]
 
 
 def test_other_ranks_are_silent(tmp_path, capsys):
     say = Lines(speaks=False)
     say("x")
     say.write_to(tmp_path / "run.log")
-    with shown_progress(load_recipe("full", {"run.log_every": 1e-9}), 10, 0, say) as show:
-        show(Progress(update=1), "loss")
+    with shown_progress(load_recipe("full", {"run.log_every": 1e-9}), 10, 0, say, lambda *_: None) as show:
+        show(Progress(update=1), Status(1.0, 0.1, 5.0))
     say.close()
     assert capsys.readouterr() == ("", "")
     assert not (tmp_path / "run.log").exists()
@@ -105,9 +109,9 @@ def test_bar_and_lines_do_not_write_over_each_other(columns, tmp_path):
     script = (
         "from bnfinetune.training.reporting.lines import *; from bnfinetune.recipe_files import load_recipe\n"
         "say = Lines(speaks=True)\n"
-        "with shown_progress(load_recipe('full', {}), 40, 0, say) as show:\n"
+        "with shown_progress(load_recipe('full', {}), 40, 0, say, lambda *_: None) as show:\n"
         "    for update in range(1, 41):\n"
-        "        show(Progress(update=update), f'loss {update / 7:.3f}  lr 0.001  1234 images/s')\n"
+        "        show(Progress(update=update), Status(update / 7, 0.001, 1234))\n"
         "        if update % 10 == 0: say(f'epoch {update // 10}  validation loss 0.500  top-1 50.0%')\n"
     )
     mine, theirs = pty.openpty()

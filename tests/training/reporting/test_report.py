@@ -15,7 +15,7 @@ from bnfinetune.training.data.reading import Failure
 from bnfinetune.training.measuring.drift_meter import DriftMeter
 from bnfinetune.training.measuring.measure import load_exported
 from bnfinetune.training.measuring.mistakes import Mistakes
-from tests.training.support import write_images, write_weights
+from tests.training.support import broken_off, write_images, write_weights
 
 EVIL = "<b onclick=alert(1)>&amp;"
 
@@ -52,6 +52,23 @@ def test_a_run_writes_a_page_with_names_escaped(run):
     assert not re.search(r"<script|(src|href)=\"(?!#|data:)", page)
     for heading in ("Over the run", "Confusion", "BatchNorm statistics", "How it was made"):
         assert f">{heading}<" in page
+
+
+def test_a_run_can_be_looked_at_as_it_goes_on(images, tmp_path, monkeypatch):
+    often = {"run.log_every": 1e-6, "run.track_every": 2, "model.name": "test_resnet", "data.val_split": "val"}
+    points = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step=None: points.append((step, set(values))))
+    updates = -(-18 // 4)
+    with broken_off(monkeypatch, updates + 1):
+        bnf.finetune("full", **settings(images, tmp_path / "run", **often))
+    page = (tmp_path / "run/report.html").read_text()
+    assert f"running, update {updates} of {2 * updates}" in page
+    assert ">Over the run<" in page
+    assert [step for step, names in points if "update/loss" in names] == [2, 4, updates + 1]
+    assert {"update/loss", "update/lr", "update/images_per_second"} in [names for _, names in points]
+    assert [step for step, names in points if "top1" in names] == [updates]
+    bnf.finetune("full", **settings(images, tmp_path / "run", **often), **{"train.resume": "auto"})
+    assert "running, update" not in (tmp_path / "run/report.html").read_text()
 
 
 def test_no_page_where_none_is_wanted(images, tmp_path):
