@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from bnfinetune.diagnose.checks import check_bn
     from bnfinetune.diagnose.drift import inspect_bn
     from bnfinetune.diagnose.watch import watch_bn
+    from bnfinetune.training.network.head import reset_head
     from bnfinetune.training.network.optim import param_groups
     from bnfinetune.training.run import finetune
 
@@ -63,6 +64,7 @@ __all__ = [
     "policy_state",
     "precise_bn",
     "register_bn_class",
+    "reset_head",
     "restore_bn",
     "revert_sync_bn",
     "unfold_bn",
@@ -102,6 +104,7 @@ _HOMES = {
     "policy_state": "bnfinetune.bn.policy.saving",
     "precise_bn": "bnfinetune.bn.statistics.precise",
     "register_bn_class": "bnfinetune.bn.layers",
+    "reset_head": "bnfinetune.training.network.head",
     "restore_bn": "bnfinetune.bn.policy.apply",
     "revert_sync_bn": "bnfinetune.bn.policy.sync",
     "unfold_bn": "bnfinetune.bn.folding.fold",

@@ -86,7 +86,8 @@ class Model(Section):
     )
     head: Literal["auto", "new"] = Field(
         default="auto",
-        description="auto keeps the pretrained classifier rows of classes that it knows by name; new starts afresh",
+        description="auto keeps the pretrained classifier rows of classes that it knows by name, and a checkpoint's "
+        "classifier of as many classes; otherwise, and with new, it starts at zeros, where the loss is ln C",
     )
     group_norm: Positive | None = Field(
         default=None,

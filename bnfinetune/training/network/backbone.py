@@ -17,7 +17,7 @@ from bnfinetune.bn.layers import find_bn_layers
 from bnfinetune.bn.statistics.precise import evaluation_mode
 from bnfinetune.errors import BackboneError, CheckpointError, did_you_mean
 from bnfinetune.recipe import Model
-from bnfinetune.training.network.head import fit_head, head_parameters
+from bnfinetune.training.network.head import change_classes, head_parameters, reset_head
 from bnfinetune.training.network.weights import load_weights_file
 
 _SETTLED = {  # arguments of timm.create_model that something else decides
@@ -32,7 +32,8 @@ def build_backbone(section: Model, class_names: Sequence[str]) -> nn.Module:
     """Create the network of a recipe, weights loaded, with one output per class.
 
     Where the pretrained classifier knows every class by name (its `label_names`), its rows are kept, so that the
-    network predicts before any training; otherwise the head is new.
+    network predicts before any training; a checkpoint's classifier is kept if it has as many classes. Otherwise, or if
+    `model.head=new`, the head is new (`reset_head`).
 
     Raises:
         BackboneError: timm does not know the model, its hub cannot be reached, or an argument is refused.
@@ -57,6 +58,8 @@ def build_backbone(section: Model, class_names: Sequence[str]) -> nn.Module:
         _check_output(model, section, len(class_names))
     if section.checkpoint is not None:
         load_weights_file(model, Path(section.checkpoint))
+        if section.head == "new":
+            reset_head(model)
     if section.grad_checkpointing:
         _checkpoint_gradients(model, section.name)
     if section.channels_last:
@@ -70,12 +73,12 @@ def _create(section: Model, class_names: Sequence[str]) -> nn.Module:
         plain: nn.Module = timm.create_model(
             section.name, pretrained=False, num_classes=len(class_names), **section.kwargs
         )
-        return plain
+        return reset_head(plain)
     model: Any = timm.create_model(section.name, pretrained=True, **section.kwargs)
     labels = model.pretrained_cfg.get("label_names")
     known = isinstance(labels, list | tuple) and set(class_names) <= set(labels)
     rows = [list(labels).index(name) for name in class_names] if known and section.head == "auto" else None
-    return fit_head(model, len(class_names), rows)
+    return change_classes(model, len(class_names), rows)
 
 
 def _check_name(name: str) -> None:

@@ -52,11 +52,12 @@ def load_weights_file(model: nn.Module, path: Path) -> None:
     if beside:
         note(f"model.checkpoint: {path}: {len(beside)} tensors of no layer here are passed over, such as {beside[0]}")
     head = head_parameters(model)
-    head_names = {name for name, parameter in model.named_parameters() if id(parameter) in head}
+    head_layers = {_layer(name) for name, parameter in model.named_parameters() if id(parameter) in head}
+    head_names = {name for name in own if _layer(name) in head_layers}  # with statistics, as LeViT's classifier has
     _fit_input(model, weights, own)
-    for name in head_names & weights.keys():
-        if weights[name].shape != own[name].shape:
-            del weights[name]
+    resized = {_layer(name) for name in head_names & weights.keys() if weights[name].shape != own[name].shape}
+    for name in [name for name in head_names & weights.keys() if _layer(name) in resized]:
+        del weights[name]
     _check(weights, own, head_names, path)
     model.load_state_dict(weights, strict=False)
 
@@ -129,6 +130,10 @@ def _fit_input(model: Any, weights: Weights, own: Mapping[str, Tensor]) -> None:
                 weights[name] = adapt_input_conv(found["input_size"][0], weights[name])
             except (NotImplementedError, AssertionError):
                 continue  # the shapes say it
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _is_safetensors(path: Path) -> bool:
