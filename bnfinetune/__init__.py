@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from bnfinetune.bn.policy.updates import StatSnapshot, no_stat_updates
     from bnfinetune.bn.statistics.fvcore import get_bn_modules, update_bn_stats
     from bnfinetune.bn.statistics.precise import precise_bn
+    from bnfinetune.bn.statistics.prior_search import choose_prior
     from bnfinetune.bn.statistics.ranks import merge_running_stats
     from bnfinetune.diagnose.checks import check_bn
     from bnfinetune.diagnose.drift import inspect_bn
@@ -41,6 +42,7 @@ __all__ = [
     "apply_policy",
     "auto_momentum",
     "check_bn",
+    "choose_prior",
     "convert_frozen_bn",
     "convert_group_norm",
     "convert_sync_bn",
@@ -81,6 +83,7 @@ _HOMES = {
     "apply_policy": "bnfinetune.bn.policy.apply",
     "auto_momentum": "bnfinetune.bn.policy.spec",
     "check_bn": "bnfinetune.diagnose.checks",
+    "choose_prior": "bnfinetune.bn.statistics.prior_search",
     "convert_frozen_bn": "bnfinetune.bn.convert.frozen_batch_norm",
     "convert_group_norm": "bnfinetune.bn.convert.group_norm",
     "convert_sync_bn": "bnfinetune.bn.policy.sync",

@@ -16,6 +16,7 @@ from bnfinetune.bn.policy.table import describe_bn
 from bnfinetune.bn.policy.updates import StatSnapshot, no_stat_updates
 from bnfinetune.bn.statistics.fvcore import get_bn_modules, update_bn_stats
 from bnfinetune.bn.statistics.precise import precise_bn
+from bnfinetune.bn.statistics.prior_search import PriorChoice, choose_prior
 from bnfinetune.bn.statistics.ranks import merge_running_stats
 from bnfinetune.bn.statistics.report import PreciseBNReport
 
@@ -23,12 +24,14 @@ __all__ = [
     "BNPolicy",
     "GroupNormReport",
     "PreciseBNReport",
+    "PriorChoice",
     "StatSnapshot",
     "Tent",
     "absorb_bn",
     "adapt_model",
     "apply_policy",
     "auto_momentum",
+    "choose_prior",
     "convert_frozen_bn",
     "convert_group_norm",
     "convert_sync_bn",
