@@ -84,10 +84,11 @@ class Model(Section):
     kwargs: dict[str, Any] = Field(
         default_factory=dict, description="further arguments of timm.create_model, such as drop_rate"
     )
-    head: Literal["auto", "new"] = Field(
+    head: Literal["auto", "new", "fitted"] = Field(
         default="auto",
         description="auto keeps the pretrained classifier rows of classes that it knows by name, and a checkpoint's "
-        "classifier of as many classes; otherwise, and with new, it starts at zeros, where the loss is ln C",
+        "classifier of as many classes; otherwise, and with new, it starts at zeros, where the loss is ln C; fitted: "
+        "by logistic regression on features of the training images, before the first update",
     )
     group_norm: Positive | None = Field(
         default=None,
@@ -495,6 +496,19 @@ class Recipe(Section):
     def _streams_need_steps(self) -> Recipe:
         if self.data.streaming and self.train.steps is None:
             raise ValueError("data.streaming has no length: set train.steps")
+        return self
+
+    @model_validator(mode="after")
+    def _heads_are_fitted_to_fixed_features(self) -> Recipe:
+        if self.model.head != "fitted":
+            return self
+        if self.data.streaming or self.domains:
+            what = "data.streaming" if self.data.streaming else "bn.domains"
+            raise ValueError(f"model.head=fitted needs images of known number and of one domain: unset {what}")
+        if any(section.freeze_after == 0 for section in self.bn_sections):
+            raise ValueError(
+                "model.head=fitted comes before bn.freeze_after=0 computes statistics anew: use recalibrate.at=[start]"
+            )
         return self
 
     @model_validator(mode="after")

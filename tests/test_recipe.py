@@ -58,6 +58,7 @@ class TestShippedRecipes:
             ("freeze_stats", FIXED),
             ("bn_only", FIXED | {"model.trainable": "bn_and_head", "optim.lr": 0.01}),
             ("linear_probe", FROZEN | {"model.trainable": "head", "optim.lr": 0.01}),
+            ("lp_ft", FROZEN | {"model.head": "fitted", "optim.lr": 3e-4}),
             ("from_scratch", {"model.pretrained": False}),
         ],
     )

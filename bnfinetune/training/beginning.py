@@ -15,6 +15,7 @@ from bnfinetune.training.data.seeding import derive_seed
 from bnfinetune.training.launch import on_main
 from bnfinetune.training.loop.trainer import Trainer
 from bnfinetune.training.measuring.measurer import Measurer
+from bnfinetune.training.probe.head_fit import fit_trainer_head
 from bnfinetune.training.record import Record
 from bnfinetune.training.reporting.lines import told
 from bnfinetune.training.saving.atomic import write_text
@@ -29,7 +30,7 @@ from bnfinetune.training.saving.states import (
 
 
 def begin(setup: Assembly, folder: RunFolder, measurer: Measurer, say: Callable[[str], None]) -> Record:
-    """Measure the network as it starts, or bring back the state to go on from.
+    """Measure the network as it starts and fit its head if asked for, or bring back the state to go on from.
 
     Returns:
         What is known of the run, with the metrics from before its first update.
@@ -53,6 +54,8 @@ def begin(setup: Assembly, folder: RunFolder, measurer: Measurer, say: Callable[
         record.note_recalibration(reports.values(), recipe.recalibrate.data, "start")
         for line in told(reports, recipe.recalibrate.data):
             say(line)
+        if recipe.model.head == "fitted":
+            fit_trainer_head(trainer, say)
     return record
 
 

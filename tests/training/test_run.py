@@ -18,6 +18,7 @@ FIXED = {
     "freeze_stats": ({"statistics"}, {"affine", "other", "head"}),
     "bn_only": ({"statistics", "other"}, {"affine", "head"}),
     "linear_probe": ({"statistics", "affine", "other"}, {"head"}),
+    "lp_ft": ({"statistics", "affine"}, {"other", "head"}),
     "full": (set(), {"statistics", "affine", "other", "head"}),
 }
 

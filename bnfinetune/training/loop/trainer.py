@@ -180,7 +180,8 @@ class Trainer:
         with self.folding.training(), self.requests.heeded():
             if self.progress.update == 0:
                 self._enter_phases()
-            if self.is_over and self.progress.best is None:  # there is nothing to train, and so no other pause
+            first = self.recipe.model.head == "fitted" and self.progress.update == 0  # which may stay the best
+            if (self.is_over or first) and self.progress.best is None:  # with nothing to train there is no other pause
                 with self.folding.paused():
                     pause(evaluate=True)
             try:

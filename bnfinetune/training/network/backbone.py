@@ -32,8 +32,8 @@ def build_backbone(section: Model, class_names: Sequence[str]) -> nn.Module:
     """Create the network of a recipe, weights loaded, with one output per class.
 
     Where the pretrained classifier knows every class by name (its `label_names`), its rows are kept, so that the
-    network predicts before any training; a checkpoint's classifier is kept if it has as many classes. Otherwise, or if
-    `model.head=new`, the head is new (`reset_head`).
+    network predicts before any training; a checkpoint's classifier is kept if it has as many classes. Otherwise, and
+    wherever `model.head` is not `auto`, the head is new (`reset_head`).
 
     Raises:
         BackboneError: timm does not know the model, its hub cannot be reached, or an argument is refused.
@@ -58,7 +58,7 @@ def build_backbone(section: Model, class_names: Sequence[str]) -> nn.Module:
         _check_output(model, section, len(class_names))
     if section.checkpoint is not None:
         load_weights_file(model, Path(section.checkpoint))
-        if section.head == "new":
+        if section.head != "auto":
             reset_head(model)
     if section.grad_checkpointing:
         _checkpoint_gradients(model, section.name)

@@ -89,7 +89,7 @@ def features_or_images(
     loaders = trainer.loaders
     possible = not trainer.is_over and obstacle(trainer) is None
     extractor = Extractor(trainer.model, trainer.accelerator) if possible else None
-    if extractor is None or not extractor.is_exact(_one_image(loaders.train)):
+    if extractor is None or not extractor.is_exact(one_image(loaders.train)):
         yield loaders.train, loaders.val
         return
     with closing(ArrayCache(trainer.recipe.train, trainer.accelerator)) as arrays, ExitStack() as stack:
@@ -210,7 +210,8 @@ def _probe_class(native: Any) -> Any:
     return type(native.__name__, (native,), {"__module__": native.__module__, "forward": forward})
 
 
-def _one_image(loader: TrainLoader) -> Tensor:
+def one_image(loader: TrainLoader) -> Tensor:
+    """A training image (1, C, H, W)."""
     images, _ = next(_read(loader, [[Pick(0, 0)]]))
     return images
 
