@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 from bnfinetune.errors import CheckpointError, DataError, nearest
 
@@ -19,6 +20,7 @@ HUB_UNREACHABLE: Final = (
     "filled on another machine with HF_HUB_OFFLINE=1"
 )
 _HUB_NAME: Final = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_CONNECTING: Final = 5.0  # seconds
 _PROXIES: Final = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 
 
@@ -29,7 +31,7 @@ def check_source(source: str) -> None:
     answer is the same.
     """
     check_path(source)
-    if _may_be_missing(source) and not _is_cached(source) and not _hub_answers():
+    if _may_be_missing(source) and not _is_cached(source) and not hub_answers():
         hint = _hint(Path(source))
         raise DataError(f"data.source: the dataset {source!r} is no local folder{hint}, and {HUB_UNREACHABLE}")
 
@@ -83,16 +85,17 @@ def _is_cached(name: str) -> bool:
     return (cache / name.replace("/", "___")).is_dir()
 
 
-def _hub_answers() -> bool:
-    """Whether the hub may be asked: no, where its name cannot even be looked up."""
+def hub_answers() -> bool:
+    """Whether the hub may be asked: no, where nothing can be connected to at its address."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
     if any(os.environ.get(name) for name in _PROXIES):
         return True
-    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").partition("://")[2].partition("/")[0]
+    address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:
-        socket.getaddrinfo(host.partition(":")[0], 443)
-    except OSError:
+        port = address.port or {"http": 80}.get(address.scheme, 443)
+        socket.create_connection((address.hostname or "", port), timeout=_CONNECTING).close()
+    except (OSError, ValueError):
         return False
     return True
 

@@ -11,13 +11,14 @@ from torch import nn
 from bnfinetune.diagnose.finding import Findings, render
 from bnfinetune.diagnose.set_up import check_set_up
 from bnfinetune.errors import PolicyError
-from bnfinetune.recipe import Recipe
+from bnfinetune.recipe import Model, Recipe
 from bnfinetune.recipe_files import dump_recipe
 from bnfinetune.training.data.from_recipe import recipe_loaders, recipe_splits
 from bnfinetune.training.data.splits import ImageSplits
 from bnfinetune.training.launch import on_main, seed_ranks
 from bnfinetune.training.loop.trainer import Trainer
 from bnfinetune.training.network.backbone import build_backbone, input_config, restrict_training
+from bnfinetune.training.network.hub import cache_if_unreachable
 from bnfinetune.training.network.norms import convert_recipe_norms, norm_config
 from bnfinetune.training.network.policies import apply_recipe_policies
 from bnfinetune.training.network.shapes import smallest_batch
@@ -70,7 +71,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator, say: Callable[[str], None
     """
     splits = recipe_splits(recipe, accelerator)
     seed_ranks(recipe.run)
-    model = on_main(accelerator, lambda: build_backbone(recipe.model, splits.class_names))
+    model = on_main(accelerator, lambda: _backbone(recipe.model, splits.class_names))
     seed_ranks(recipe.run)  # only the first rank has drawn
     restrict_training(model, recipe.model.trainable)
     data_config = input_config(model, recipe.data.image_size)
@@ -81,6 +82,11 @@ def assemble(recipe: Recipe, accelerator: Accelerator, say: Callable[[str], None
     dropped = loaders.train.drop_remainder(least)
     trainer = Trainer(recipe, accelerator, model, loaders, len(splits.class_names))
     return Assembly(trainer, splits, data_config, dropped)
+
+
+def _backbone(section: Model, class_names: Sequence[str]) -> nn.Module:
+    with cache_if_unreachable(section):
+        return build_backbone(section, class_names)
 
 
 def judge(trainer: Trainer) -> Findings:

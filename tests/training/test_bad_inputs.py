@@ -150,7 +150,8 @@ CASES: dict[str, Case] = {
     "cut weights": (both(weights_file(lambda w: None), cut("weights")), WEIGHTS, "neither safetensors nor", {}),
     "endless header": (fill("weights", HUGE_HEADER), WEIGHTS, "neither safetensors nor", {}),
     "lying header": (fill("weights", struct.pack("<Q", len(LYING)) + LYING), WEIGHTS, "neither safetensors nor", {}),
-    "payload": (pickled("weights", lambda: {"state_dict": Payload()}), WEIGHTS, "neither safetensors nor", {}),
+    "payload": (pickled("weights", lambda: {"state_dict": Payload()}), WEIGHTS, r"save its state_dict\(\) alone", {}),
+    "pointer": (fill("weights", b"version https://git-lfs.github.com/spec/v1\n"), WEIGHTS, "by git lfs pull", {}),
     "old payload": (pickled("weights", Payload, plain_pickle), WEIGHTS, "neither safetensors nor", {}),
     "payload as safetensors": (
         both(pickled("w.safetensors", Payload), lambda: None),

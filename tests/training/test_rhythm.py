@@ -1,6 +1,8 @@
 """When runs without epochs pause, what they say of themselves, and where they write."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -72,3 +74,25 @@ def test_processes_that_start_slowly_last(method, lasting, images, monkeypatch):
     named = {"train": loaders.train, "val": loaders.val, "stats": loaders.stats, "augmented": loaders.augmented_stats,
              "target": loaders.targets["validation"]}  # fmt: skip
     assert {name for name, loader in named.items() if loader.persistent_workers} == (lasting or set(named))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_run_starts_slow_processes_once(method, images, tmp_path):
+    script = tmp_path / "run.py"
+    given = settings(images, tmp_path / "run", **{"data.workers": 1, "model.name": "test_resnet", "train.epochs": 3,
+                                                   "recalibrate.at": ["eval"]})  # fmt: skip
+    script.write_text(
+        "import multiprocessing\n"
+        "from multiprocessing.process import BaseProcess\n"
+        "import bnfinetune\n"
+        "if __name__ == '__main__':\n"
+        f"    multiprocessing.set_start_method({method!r})\n"
+        "    start, started = BaseProcess.start, []\n"
+        "    BaseProcess.start = lambda self: (started.append(self._target.__name__), start(self))[1]\n"
+        f"    bnfinetune.finetune('full', **{given!r})\n"
+        "    print('started', started.count('_worker_loop'))\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "started 3"  # for training, validation and statistics

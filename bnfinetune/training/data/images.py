@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import io
 import math
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -41,6 +42,8 @@ _FORMATS: Final = {  # by Pillow's names, in the order they are tried; it opens 
     "TGA": "tga",  # last: it begins with nothing that tells it from others
 }
 _PLUGINS: Final = {"HEIF": "pip install pillow-heif", "AVIF": "pip install 'pillow>=11.3'"}
+_BITS, _PLANAR, _EXTRA = 258, 284, 338  # tags of TIFF: bits of each channel, how channels lie, what a fourth one is
+_OTHER_ORDER: Final = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 _BRANDS: Final = {b"avif": "AVIF", b"avis": "AVIF", **dict.fromkeys((b"heic", b"heix", b"hevc", b"mif1"), "HEIF")}
 
 
@@ -86,7 +89,7 @@ def wide_extremes(raw: Mapping[str, Any] | None) -> tuple[Kind, tuple[float, flo
         with _no_warnings(), Image.open(source, formats=_formats()) as image:
             if not _is_wide(image):
                 return None
-            values = _wide_values(image, source)
+            values = _seen(_wide_values(image, source))
     except Exception:  # what is wrong with an image is said where it is decoded
         return None
     found = extremes(values)
@@ -199,8 +202,15 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _is_wide(image: Image.Image) -> bool:
-    """Whether an image that has not been decoded yet holds more than 8 bits a value; colours, as PNG files alone."""
-    return _is_wide_grey(image) or (image.format == "PNG" and ";16" in str(vars(image)["tile"]))
+    """Whether an image that has not been decoded yet holds more than 8 bits a value; colours, in PNG and TIFF files."""
+    wide_png = image.format == "PNG" and ";16" in str(vars(image)["tile"])
+    return _is_wide_grey(image) or wide_png or _is_wide_tiff(image)
+
+
+def _is_wide_tiff(image: Image.Image) -> bool:
+    """Whether it is a TIFF file of 16-bit colours; not those multiplied by their alpha, whose bytes Pillow divides."""
+    tags = getattr(image, "tag_v2", {})
+    return image.mode in ("RGB", "RGBA") and set(tags.get(_BITS, ())) == {16} and tags.get(_EXTRA) != (1,)
 
 
 def _is_wide_grey(image: Image.Image) -> bool:
@@ -211,7 +221,7 @@ def _wide_to_rgb(image: Image.Image, source: io.BytesIO | str, levels: Levels) -
     values = _wide_values(image, source)
     if values.ndim == 2:
         return _grey(values, levels)
-    color = values if values.shape[2] in (1, 3) else values[..., :-1]  # the levels of what is seen
+    color = _seen(values)
     narrow = to_bytes(color, levels if "integer" in levels else _own_levels(color))
     if color is values:
         return Image.fromarray(narrow).convert("RGB")
@@ -219,13 +229,22 @@ def _wide_to_rgb(image: Image.Image, source: io.BytesIO | str, levels: Levels) -
     return _on_white(Image.fromarray(narrow, "LA" if narrow.shape[2] == 2 else "RGBA"))
 
 
+def _seen(values: NDArray[Any]) -> NDArray[Any]:
+    """Values without those of transparency, which say nothing about the levels."""
+    return values[..., :-1] if values.ndim == 3 and values.shape[2] in (2, 4) else values
+
+
 def _wide_values(image: Image.Image, source: io.BytesIO | str) -> NDArray[Any]:
     """All bits of an image, of shape `(height, width)` or `(height, width, channels)`, turned upright.
 
-    Pillow keeps the upper byte of 16-bit colours only; torchvision decodes both.
+    Pillow keeps the upper byte of 16-bit colours only; torchvision decodes both of PNG files.
     """
     if _is_wide_grey(image):
         return np.asarray(_upright(image))
+    if _is_wide_tiff(image):
+        with Image.open(source, formats=["TIFF"]) as again:
+            upper, lower = _tiff_bytes(image, upper=True), _tiff_bytes(again, upper=False)
+        return upper.astype(np.uint16) << 8 | lower
     from torchvision.io import ImageReadMode, decode_image  # type: ignore[import-untyped]
 
     content = source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
@@ -236,6 +255,21 @@ def _wide_values(image: Image.Image, source: io.BytesIO | str) -> NDArray[Any]:
     )
     wide: NDArray[Any] = pixels.permute(1, 2, 0).numpy()
     return wide[..., 0] if wide.shape[2] == 1 else wide
+
+
+def _tiff_bytes(image: Any, *, upper: bool) -> NDArray[np.uint8]:
+    """One byte of each 16-bit colour; the lower is what Pillow takes for the upper if told the other byte order."""
+    order = "L" if image.tag_v2.prefix == b"II" else "B"
+    tiles = []
+    for tile in image.tile:
+        codec, extents, offset, (layout, *rest) = tile
+        if codec == "libtiff" and image.tag_v2.get(_PLANAR) == 2:  # libtiff does not ask for the order there
+            raise ValueError("Pillow cannot decode 16-bit colours compressed plane by plane: save them interleaved")
+        full = layout if ";16" in layout else f"{layout};16{order}"  # of a plane Pillow forgets that it has 16 bits
+        asked = full if upper else full[:-1] + _OTHER_ORDER[full[-1]]
+        tiles.append(getattr(tile, "_make", tuple)((codec, extents, offset, (asked, *rest))))
+    image.tile = tiles
+    return np.asarray(_upright(image))
 
 
 def _grey(values: NDArray[Any], levels: Levels) -> Image.Image:

@@ -25,6 +25,7 @@ from bnfinetune.training.data.walking import folders_in, has_image, images_below
 
 _NAMES: Final = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _FILE: Final = "file_name"
+_LABELS: Final = "labels"
 
 Row = dict[str, Any]
 
@@ -57,12 +58,30 @@ def read_metadata(root: Path, data: Data) -> dict[str, datasets.Dataset] | None:
             rows.setdefault(split or WHOLE, []).append(_located(row, folder))
     if not rows:
         return None
+    rows = _from_flags(rows, data, root)
     rows = {split: _one_row_each(part, data, root) for split, part in rows.items()}
     known = {row[IMAGE] for part in rows.values() for row in part}
     unlisted = sum(str(path) not in known for path in images_below(root))
     if unlisted:
         note(f"data.source: {unlisted} images of {printable(root)} are not listed in its metadata and are passed over")
     return {split: _table(part, root) for split, part in rows.items()}
+
+
+def _from_flags(rows: dict[str, list[Row]], data: Data, root: Path) -> dict[str, list[Row]]:
+    """Of several columns of 0 and 1, one for each label, a column of lists of the labels; where none is called so."""
+    every = [row for part in rows.values() for row in part]
+    columns = [name for name in every[0] if name not in (_FILE, IMAGE, data.domain_column)]
+    flags = [name for name in columns if all(str(row.get(name)) in ("0", "1") for row in every)]
+    if data.task != "multilabel" or data.label_column or known_label(columns) or len(flags) < 2:
+        return rows
+    note(f"data.source: the labels of {printable(root)} are its {len(flags)} columns of 0 and 1: {listed(flags)}")
+
+    def folded(row: Row) -> Row:
+        return {name: row[name] for name in row if name not in flags} | {
+            _LABELS: [name for name in flags if str(row[name]) == "1"]
+        }
+
+    return {split: [folded(row) for row in part] for split, part in rows.items()}
 
 
 def _one_row_each(rows: list[Row], data: Data, root: Path) -> list[Row]:

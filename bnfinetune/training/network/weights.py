@@ -45,7 +45,7 @@ def load_weights_file(model: nn.Module, path: Path) -> None:
         content: Any = load_file(str(path)) if _is_safetensors(path) else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # safetensors, pickle and zip each raise their own; all mean an unusable file
         raise CheckpointError(
-            f"model.checkpoint: {path} is neither safetensors nor a tensors-only pickle ({_line(error)})"
+            f"model.checkpoint: {path} is neither safetensors nor a tensors-only pickle ({_reason(error, path)})"
         ) from error
     own = model.state_dict()
     weights, beside = _best_fit(content, own)
@@ -140,6 +140,16 @@ def _is_safetensors(path: Path) -> bool:
     """Whether a file is one by its name, or begins as one does: with the length of its header and a JSON mapping."""
     with path.open("rb") as file:
         return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """Why a file cannot be read, where its reader does not say it so that one can go on from there."""
+    with path.open("rb") as file:
+        if file.read(20) == b"version https://git-":
+            return "it is the pointer of a Git LFS file: fetch the file by git lfs pull"
+    if "Unsupported global" in str(error):
+        return "it holds other objects of Python too, which would run code: save its state_dict() alone"
+    return _line(error)
 
 
 def _line(error: Exception) -> str:

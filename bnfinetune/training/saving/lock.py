@@ -22,6 +22,8 @@ class RunLock:
     that a file left behind by a dead run locks nothing. Loader processes do not inherit it. On a folder that several
     machines share, it keeps runs on other machines out as far as the file system passes locks on (NFS from version 4
     does); where there are no locks at all, nothing is refused.
+
+    Not filelock: that is a `flock`, which forked loader processes hold on to in most of its versions, after a kill too.
     """
 
     def __init__(self) -> None:

@@ -65,6 +65,23 @@ def test_metadata_files(form, tmp_path, caplog):
     assert caplog.text.count("4 of 24 images have no label and count as images of no class") == 1
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_columns_of_0_and_1(kind, tmp_path, caplog):
+    rows = [{"file_name": f"{n}.png", "width": n} | dict(zip(NAMES, hot, strict=True)) for n, hot in enumerate(TRUTH)]
+    if kind == "csv":
+        listed(tmp_path, [])
+        lines = [",".join(map(str, values)) for values in (rows[0], *(row.values() for row in rows))]
+        (tmp_path / "metadata.csv").write_text("\n".join(lines) + "\n")
+    else:
+        listed(tmp_path, rows, kind)
+    splits = load(tmp_path)
+    assert splits.class_names == NAMES
+    assert np.array_equal(held_apart(splits), TRUTH)
+    assert caplog.text.count("are its 3 columns of 0 and 1: 'cat', 'dog', 'sea'") == 1
+    with pytest.raises(DataError, match="name it"):
+        load(tmp_path, task="multiclass")
+
+
 def test_rows_of_one_image_are_its_labels(tmp_path):
     rows = [f"{n}.png,{name}" for n, found in enumerate(SETS) for name in found or [""]]
     assert np.array_equal(held_apart(load(listed(tmp_path, rows))), TRUTH)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bnfinetune.errors import DataError
 from bnfinetune.recipe import Data
 from bnfinetune.training.data import build_loaders, build_transforms, load_splits
-from bnfinetune.training.data.images import open_image
+from bnfinetune.training.data.images import open_image, wide_extremes
 from bnfinetune.training.data.levels import levels_of
 from tests.training.data.conftest import DATA_CONFIG
 
@@ -37,6 +38,31 @@ def tiff(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def tiff16(pixels: np.ndarray, order: str = "<", *, planes: bool = False, compressed: bool = False) -> bytes:
+    """A TIFF file of 16-bit colours, which Pillow does not write."""
+    height, width, channels = pixels.shape
+    parts = [pixels[..., each] for each in range(channels)] if planes else [pixels]
+    strips = [part.astype(f"{order}u2").tobytes() for part in parts]
+    strips = [zlib.compress(strip) for strip in strips] if compressed else strips
+    begin, number = 8 + 2 + 12 * 11 + 4, len(strips)
+    tables = begin + sum(map(len, strips)), begin + sum(map(len, strips)) + 4 * number
+    offsets = [begin + sum(map(len, strips[:index])) for index in range(number)]
+    where, long = (tables, struct.pack(f"{order}{2 * number}I", *offsets, *map(len, strips)))
+    if number == 1:
+        where, long = (offsets[0], len(strips[0])), b""
+    bits = begin + sum(map(len, strips)) + len(long)
+    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, channels, bits), (259, 3, 1, 8 if compressed else 1),
+            (262, 3, 1, 2), (273, 4, number, where[0]), (277, 3, 1, channels), (278, 4, 1, height),
+            (279, 4, number, where[1]), (284, 3, 1, 2 if planes else 1), (338, 3, int(channels == 4), 2)]  # fmt: skip
+    entries = b"".join(
+        struct.pack(f"{order}HHI", tag, kind, count)
+        + (struct.pack(f"{order}I", value) if kind == 4 or count > 1 else struct.pack(f"{order}HH", value, 0))
+        for tag, kind, count, value in tags
+    )
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}IH", 8, len(tags))
+    return head + entries + bytes(4) + b"".join(strips) + long + struct.pack(f"{order}{channels}H", *[16] * channels)
+
+
 def read(content: bytes, levels=None) -> np.ndarray:
     return np.asarray(open_image({"bytes": content, "path": None}, "x", 10**8, levels=levels))
 
@@ -55,6 +81,24 @@ def test_integers_of_any_depth_keep_their_levels(bits, kind):
     assert np.abs(found[..., 0].astype(int) - expected).max() <= 1
     if kind == "colour PNG":
         assert np.array_equal(found[..., 1], found[..., 0].T)
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("layout", [{}, {"planes": True}, {"compressed": True}])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colours_of_tiff_files_keep_their_levels(order, layout, channels):
+    values = np.rint(RAMP * 4095).astype(np.uint16)
+    content = tiff16(np.stack([values, values.T, values, np.full_like(values, 65535)][:channels], 2), order, **layout)
+    found = read(content)
+    assert np.abs(found[..., 0] - values / 4095 * 255).max() <= 1
+    assert np.array_equal(found[..., 1], found[..., 0].T)
+    assert wide_extremes({"bytes": content}) == ("integer", (0, 4095))
+
+
+def test_colours_that_would_lose_levels_are_refused():
+    planes = tiff16(np.full((8, 8, 3), 300, np.uint16), planes=True, compressed=True)
+    with pytest.raises(DataError, match=r"cannot read the image x: .* plane by plane: save them interleaved"):
+        read(planes)
 
 
 @pytest.mark.parametrize("top", [0.3, 1.0, 1.02, 3.0, 37.5, 100.0, 200.0, 255.0, 4095.0, 65535.0])
