@@ -21,7 +21,7 @@ HUB_UNREACHABLE: Final = (
 )
 _HUB_NAME: Final = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _CONNECTING: Final = 5.0  # seconds
-_PROXIES: Final = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+_PROXIES: Final = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 
 
 def check_source(source: str) -> None:

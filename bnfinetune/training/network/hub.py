@@ -30,7 +30,7 @@ def cache_if_unreachable(section: Model) -> Iterator[None]:
 def _is_of_hub(name: str) -> bool:
     try:
         source, model_id = parse_model_name(name)
-    except ValueError:  # said where the network is built
+        config = get_pretrained_cfg(model_id) if source is None else None
+    except (ValueError, RuntimeError):  # a name or tag that timm does not know, as is said where the network is built
         return False
-    config = get_pretrained_cfg(model_id) if source is None else None
     return source == "hf-hub" or (config is not None and config.hf_hub_id is not None)
