@@ -286,7 +286,7 @@ class Recalibrate(Section):
         default=0.0,
         description="images that the stored statistics count for beside those read; auto chooses, on at most 512 "
         "images (or samples): by how well features tell the classes apart at the start, later by the loss, and of "
-        "target images by how certain and diverse the predictions are",
+        "target images by what predictions tell of them",
     )
 
 

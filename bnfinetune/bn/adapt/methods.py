@@ -4,7 +4,7 @@ Each way works on a copy; the model itself stays as it is. From the safest to th
 
 - `adabn`: population statistics of the target data (Li et al. 2016, "Revisiting Batch Normalization For Practical
   Domain Adaptation"), once, and only as far as the stored ones leave something to gain: under `prior="auto"`,
-  `choose_prior` by the mutual information of images and predictions; with `prior=0`, `precise_bn` as in the paper.
+  `choose_prior` by what predictions tell of the images (`InformationGain`); with `prior=0`, as in the paper.
 - `mix`: each batch is normalised by a mixture of stored and its own statistics (Schneider et al. 2020, "Improving
   robustness against common corruptions by covariate shift adaptation"): for n samples
   `m' = N/(N+n) m + n/(N+n) m_B`, likewise the variance; N is the prior, in samples.
@@ -22,7 +22,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import nn
 
-from bnfinetune.bn.adapt.certainty import logits_in, mutual_information
+from bnfinetune.bn.adapt.certainty import InformationGain, logits_in
 from bnfinetune.bn.adapt.copying import bare_copy, switch_where
 from bnfinetune.bn.adapt.ema import StreamEma
 from bnfinetune.bn.adapt.tent import MIN_BATCH, Tent
@@ -103,12 +103,14 @@ def _take_statistics(
         return
     device, batches = device_of(model), list(_first(data, num_samples or CHOICE))
 
+    gain = InformationGain()
+
     def information() -> float:
         logits = []
         for batch in batches:
             images = to_device(images_tensor(batch, "adabn"), device)
             logits.append(logits_in(model(images), len(images), 'adabn with prior="auto"', "prior=0"))
-        return mutual_information(torch.cat(logits))
+        return gain(torch.cat(logits))
 
     with torch.no_grad():
         choose_prior(model, batches, information, include_frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from bnfinetune.bn.adapt.certainty import mutual_information
+from bnfinetune.bn.adapt.certainty import InformationGain
 from bnfinetune.bn.statistics.prior_search import choose_prior
 from bnfinetune.bn.statistics.report import PreciseBNReport
 from bnfinetune.training.launch import on_main
@@ -19,7 +19,7 @@ from bnfinetune.training.measuring.ridge import leave_one_out_error
 
 Judge = Literal["features", "labels", "certainty"]
 """By what a network is judged: how well its features tell the classes apart, for heads that have learned nothing yet;
-the loss of its own head; or, without labels, how certain and how diverse its predictions are."""
+the loss of its own head; or, without labels, what its predictions tell of the images (`InformationGain`)."""
 
 
 def recalibrate_by_choice(
@@ -42,12 +42,18 @@ def recalibrate_by_choice(
         StatisticsError: A pass failed; the network is as it was.
     """
     outputs = _features if judge == "features" else _logits
+    gain = InformationGain(several=any(labels.ndim == 2 for _, labels in batches))
+    scores: dict[Judge, Callable[[Tensor, Tensor], float]] = {
+        "features": _separation,
+        "labels": _likelihood,
+        "certainty": lambda logits, _: gain(logits),
+    }
 
     def score() -> float:
         with torch.no_grad():
             mine = [(outputs(model, images).float().cpu(), labels.cpu()) for images, labels in batches]
         every = gather_object(mine)
-        return on_main(accelerator, lambda: _SCORES[judge](*map(torch.cat, zip(*every, strict=True))))
+        return on_main(accelerator, lambda: scores[judge](*map(torch.cat, zip(*every, strict=True))))
 
     return choose_prior(model, [images for images, _ in batches], score, **selection).report
 
@@ -72,14 +78,3 @@ def _likelihood(logits: Tensor, labels: Tensor) -> float:
     """Mean log-likelihood of the labels."""
     loss = F.binary_cross_entropy_with_logits if labels.ndim == 2 else F.cross_entropy
     return -loss(logits, labels.to(logits.dtype) if labels.ndim == 2 else labels).item()
-
-
-def _certainty(logits: Tensor, labels: Tensor) -> float:
-    return mutual_information(logits, several=labels.ndim == 2)
-
-
-_SCORES: Final[dict[Judge, Callable[[Tensor, Tensor], float]]] = {
-    "features": _separation,
-    "labels": _likelihood,
-    "certainty": _certainty,
-}

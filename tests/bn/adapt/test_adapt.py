@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import torchvision.transforms.v2.functional as tvf
 from accelerate import cpu_offload
 from scipy.stats import entropy
+from sklearn.metrics import mutual_info_score
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.distributions import Normal, kl_divergence
@@ -19,7 +21,7 @@ from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from bnfinetune.bn import BNPolicy, apply_policy, find_bn_layers, freeze_bn
 from bnfinetune.bn.adapt import Tent, adapt_model
-from bnfinetune.bn.adapt.certainty import mutual_information
+from bnfinetune.bn.adapt.certainty import InformationGain, mutual_information, shared_information
 from bnfinetune.bn.folding.fold import fold_bn, fold_report
 from bnfinetune.bn.statistics.precise import precise_bn
 from bnfinetune.errors import PolicyError, SelectionError
@@ -102,6 +104,32 @@ def test_mutual_information_equals_scipys_entropies(several):
         p = logits.double().softmax(1).numpy()
         expected = entropy(p.mean(0)) - entropy(p, axis=1).mean()
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_information_must_not_come_from_other_predictions_than_the_first():
+    """Surer ones of the same classes score higher, surer ones of other classes never do, lost ones may be anything."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(200, 5, generator=generator)
+    for several in (False, True):
+        score = InformationGain(several=several)
+        assert score(logits) == pytest.approx(mutual_information(logits, several=several))
+        assert score(2 * logits) == pytest.approx(mutual_information(2 * logits, several=several))
+        assert score(2 * logits) > score(logits)
+        assert score(5 * logits[torch.randperm(200, generator=generator)]) == -math.inf
+    lost = InformationGain()
+    lost(torch.zeros(200, 5))
+    assert lost(logits) > 0
+    dense = InformationGain()
+    assert dense(logits.view(50, 4, 5).transpose(1, 2)[..., None]) == pytest.approx(
+        mutual_information(logits), rel=1e-5
+    )
+
+
+def test_information_that_predictions_share_equals_sklearns():
+    one, other = torch.randint(0, 4, (2, 300), generator=torch.Generator().manual_seed(0))
+    other = torch.where(torch.arange(300) % 2 == 0, one, other)
+    hard = [200.0 * torch.nn.functional.one_hot(labels) for labels in (one, other)]
+    assert shared_information(*hard) == pytest.approx(mutual_info_score(one, other), rel=1e-5)
 
 
 def test_mixing_weighs_stored_statistics_as_so_many_samples():
@@ -273,7 +301,7 @@ def test_an_evaluation_policy_of_the_model_is_overridden_in_the_copy_only():
 @pytest.mark.parametrize(
     ("run", "error", "message"),
     [
-        (lambda: adapt_model(classifier(), "tend"), PolicyError, "none, adabn, mix, tent"),
+        (lambda: adapt_model(classifier(), "tend"), PolicyError, "none, adabn, mix, ema, tent"),
         (lambda: adapt_model(classifier(), "adabn"), PolicyError, "pass data="),
         (lambda: adapt_model(classifier(), "tent", passes=2), PolicyError, "pass data="),
         (lambda: adapt_model(classifier(), "tent", [], passes=0), PolicyError, "passes=0"),
