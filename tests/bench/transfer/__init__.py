@@ -1,4 +1,4 @@
-"""Real transfer: recipes and other people's trainers on real images, from ImageNet weights; docs/transfer.md.
+"""Real transfer: recipes and other people's trainers on real images, from ImageNet weights.
 
 Tasks x backbones x batch sizes x seeds x ways to fine-tune, each run measured once on its test images. A run that is
 recorded is not made again, so the bench may be stopped at any time and go on another day, or in several processes, each
@@ -6,7 +6,7 @@ with a part of the grid.
 
     python -m tests.bench transfer --tasks FOLDER [FOLDER ...] [--ways full "freeze_bn optim.lr=1e-3" ...]
 
-A task is a folder with `train`, `val` and `test`, each of class folders; any will do. The page's own are `clothing`
+A task is a folder with `train`, `val` and `test`, each of class folders; any will do. Ours are `clothing`
 (the public repository alexeygrigorev/clothing-dataset-small, folder `train`: per class, its sorted paths shuffled by
 `random.Random(1)`, of which 25 train, 15 validate and 60 test), `sketch` and `cartoon` (PACS, Li et al. 2017: 30, 20
 and at most 80), all with a shorter side of at most 160 pixels.
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from tests.bench.results import record, recorded
 from tests.bench.transfer.backbones import BACKBONES, backbone_folder
-from tests.bench.transfer.page import write_page
+from tests.bench.transfer.tables import tables
 from tests.bench.transfer.ways import Cell, run
 
 WAYS = (
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
         bar.set_postfix_str(f"{cell.way}, {cell.place}, seed {cell.seed}")
         if not _known(cell):  # another process may have made it meanwhile
             _keep(cell, run(cell, options.timm))
-    print(write_page(options.batches, options.ways))
+    print(tables(options.batches, options.ways))
 
 
 def _grid(options: argparse.Namespace) -> Iterator[Cell]:

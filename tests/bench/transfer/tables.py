@@ -1,4 +1,4 @@
-"""The page of the bench: docs/transfer.md, from what is recorded in docs/benchmarks/transfer.json."""
+"""The tables of the bench, from what is recorded in docs/benchmarks/transfer.json."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from statistics import mean
 
 from scipy.stats import ttest_1samp
 
-from tests.bench.pages import DOCS, put_table
-from tests.bench.results import FOLDER, recorded
+from tests.bench.results import recorded
 
 Scores = dict[str, dict[str, dict[str, float]]]
 """Top-1 in percent by place, way and seed."""
@@ -25,15 +24,9 @@ def scores(batch: int) -> Scores:
     }
 
 
-def write_page(batches: Sequence[int], ways: Sequence[str]) -> str:
-    """Puts the tables into the page; gives them as text too."""
-    parts = [text for batch in batches if (text := _part(batch, scores(batch), ways))]
-    text = "\n\n".join(parts)
-    what = (
-        f"Top-1 on the test images in %: mean of the seeds, in brackets the lowest and highest; paired with {REFERENCE}"
-    )
-    put_table(DOCS / "transfer.md", FOLDER / "transfer.json", text, what)
-    return text
+def tables(batches: Sequence[int], ways: Sequence[str]) -> str:
+    """Markdown, a table for each batch size: means of the seeds and, in brackets, the lowest and highest."""
+    return "\n\n".join(text for batch in batches if (text := _part(batch, scores(batch), ways)))
 
 
 def _part(batch: int, found: Scores, ways: Sequence[str]) -> str:
