@@ -29,8 +29,8 @@ from tests.bench.transfer.tables import tables
 from tests.bench.transfer.ways import Cell, run
 
 WAYS = (
-    *("full", "freeze_bn", "freeze_stats", "precise_bn", "precise_then_freeze", "bn_only", "linear_probe"),
-    *("freeze_tail", "stoch_norm", "plain PyTorch", "HF Trainer", "timm train.py"),
+    *("full", "freeze_bn", "freeze_stats", "precise_bn", "precise_then_freeze", "bn_only", "lp_ft"),
+    *("linear_probe", "freeze_tail", "stoch_norm", "plain PyTorch", "HF Trainer", "timm train.py"),
 )
 BENCH = "transfer"
 
