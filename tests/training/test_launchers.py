@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.killing import OPTIONS, Kill, differences, outcome, train_until
+from tests.training.killing import OPTIONS, Kill, differences, moments_of, outcome, train_until
 from tests.training.support import write_images
 
 REPOSITORY = Path(__file__).parents[2]
@@ -33,8 +33,8 @@ def train(options):
 def train_until_the_third_start(path):
     """Under torchrun: a rank is killed by SIGKILL at the first start, and another one at the second."""
     options = pickle.loads(Path(path).read_bytes())
-    moments = json.loads((options["run.dir"].parent / "moments.json").read_text())  # of the whole run
-    kills = {"0": Kill("step", moments["step"] // 2, 1), "1": Kill("saving", moments["saving"] // 4, 0)}
+    first, second = (json.loads(moments_of(options, rank).read_text()) for rank in range(2))  # of the whole run
+    kills = {"0": Kill("step", second["step"] // 2, 1), "1": Kill("saving", first["saving"] // 4, 0)}
     train_until(kills.get(os.environ["TORCHELASTIC_RESTART_COUNT"]), options)
 
 

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tests.training.killing import OPTIONS, Kill, differences, outcome, train_until
+from tests.training.killing import OPTIONS, Kill, differences, moments_of, outcome, train_until
 from tests.training.support import write_images
 
 UPDATES_SAVED = 2  # checkpoint.every_steps of these runs
@@ -27,7 +27,7 @@ def far_enough(run, share, updates):
 
 def kill_often(nursery, options, ranks, kills, seed):
     """Start the run again and again, each time to be killed; how many kills came in which phase."""
-    moments = json.loads((options["run.dir"].parent / "moments.json").read_text())
+    moments = [json.loads(moments_of(options, rank).read_text()) for rank in range(ranks)]
     updates = options["train.epochs"] * 3
     rng, done = random.Random(seed), []
     options = {**options, "train.resume": "auto"}
@@ -35,13 +35,13 @@ def kill_often(nursery, options, ranks, kills, seed):
     while len(done) < kills:
         phase = phases[len(done) % len(phases)]
         ahead = far_enough(options["run.dir"], len(done) / kills, updates)
-        number = rng.randrange(ahead * moments[phase] // (updates + 1) + 1)
+        rank = 0 if phase == "saving" else rng.randrange(ranks)  # only the first rank writes
+        number = rng.randrange(ahead * moments[rank][phase] // (updates + 1) + 1)
         if len(done) == kills - 1 or not ahead:
-            phase = "finish"
-            number = rng.randrange(moments[phase])
+            phase, rank = "finish", 0
+            number = rng.randrange(moments[rank][phase])
         elif len(done) % RANDOM_TIME == RANDOM_TIME - 1:
             phase = "clock"
-        rank = 0 if phase in ("saving", "finish") else rng.randrange(ranks)  # only the first rank writes
         kill = None if phase == "clock" else Kill(phase, number, rank)
         after = rng.uniform(0.05, 0.5) if phase == "clock" else None
         codes = nursery.run(train_until, kill, options, ranks=ranks, kill_after=after)
