@@ -199,11 +199,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--half", action="store_true", help="bf16 and channels_last on the CPU too")
     parser.add_argument("--peers", nargs="+", default=list(VARIANTS), help="of the candidates, only these")
     parser.add_argument("--record", action="store_true", help="keep the figures for docs/benchmarks.md")
+    parser.add_argument("--place", help="what the page calls the machine; by default cuda, cpu or cpu in bf16")
     options = parser.parse_args(arguments)
     torch.set_flush_denormal(True)  # without norm, activations shrink to where the CPU is slow
     device = step_device()
     half = options.half or device.type == "cuda"
-    where = "cuda" if device.type == "cuda" else "cpu in bf16" if half else "cpu"
+    where = options.place or ("cuda" if device.type == "cuda" else "cpu in bf16" if half else "cpu")
     for model in options.models:
         chosen = [name for name in VARIANTS if name in (NO_NORM, FOLDED, *options.peers)]
         figures = measure(model, options.batch, options.size, options.rounds, chosen, half, device)

@@ -76,7 +76,7 @@ def _frozen() -> Iterable[str]:
             yield BEST
         yield LEADS if place == places[0] else "Against the fastest rival:"
         yield _table(("", *here), _leads(here))
-    _plot(results)
+    _plot({key: result for key, result in results.items() if _place(key) == places[0]})
     yield f"![Time of a training step against the same network without norm, for each network]({PLOT})"
     for key, result in results.items():
         yield from _one_network(key, result)
