@@ -86,7 +86,7 @@ def ways_of(model: nn.Module, target: Tensor) -> dict[str, Callable[[], nn.Modul
         "batch": lambda: apply_policy(copy.deepcopy(model), BNPolicy(eval_stats="batch")),
     }
     for count in ADABN:
-        ways[f"AdaBN {count}"] = partial(adapt_model, model, "adabn", target.split(128), num_samples=count)
+        ways[f"AdaBN {count}"] = partial(adapt_model, model, "adabn", target.split(128), num_samples=count, prior=0)
     return {**ways, "mix": partial(adapt_model, model, "mix"), "TENT": partial(adapt_model, model, "tent")}
 
 
