@@ -128,9 +128,8 @@ def inspect_checkpoint(
     accelerator, folder, recipe, model, _ = exported
     splits = exported.splits(overrides, any_classes=True)
     loaders = recipe_loaders(recipe, splits, input_config(model, recipe.data.image_size), accelerator)
-    known = tuple(model.pretrained_cfg.get("label_names") or ()) == tuple(splits.class_names)
     try:
-        batches = _batches(loaders.stats, images, recipe.train.batch_size, labelled=known)
+        batches = _batches(loaders.stats, images, recipe.train.batch_size, labelled=exported.knows(splits))
     finally:
         loaders.close()
     report = inspect_bn(model, batches, images=images, training_images=loaders.stats.images)

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from bnfinetune.bn import precise_bn
+from bnfinetune.bn import choose_prior, precise_bn
 from bnfinetune.bn.adapt import adapt_model
-from bnfinetune.bn.statistics.prior_search import choose_prior
+from bnfinetune.bn.statistics.shrinkage import prior_of
 from bnfinetune.training.measuring.ridge import leave_one_out_error
 from tests.bench.pages import DOCS, put_table
 from tests.bench.results import FOLDER, record, recorded
@@ -110,7 +110,7 @@ def _ways(model: Any, batches: list[Tensor]) -> Iterator[tuple[str, Any]]:
     samples = sum(map(len, batches))
     yield STORED, model
     for way, share in SHARES.items():
-        yield way, _with_prior(model, batches, samples * (1 - share) / share, "mixture")
+        yield way, _with_prior(model, batches, prior_of(share, samples), "mixture")
     yield AFTERWARDS, _with_prior(model, batches, samples, "batch")
     yield AGAIN, _with_prior(model, batches, 0, "batch")
 

@@ -99,20 +99,19 @@ class InformationGain:
     def __init__(self, *, several: bool = False) -> None:
         self.several = several
         self._first: Tensor | None = None
+        self._had = 0.0
 
     def __call__(self, logits: Tensor) -> float:
         """The score of logits (N, classes), or (N, classes, H, W); the first ones are those to be kept to."""
         if self._first is None:
-            self._first = logits
-        kept, had = (self._shared(each) for each in (logits, self._first))
-        return mutual_information(logits, several=self.several) if kept >= self.KEPT * had else -math.inf
+            self._first, self._had = logits, self._shared(logits, logits)
+        is_kept = self._shared(self._first, logits) >= self.KEPT * self._had
+        return mutual_information(logits, several=self.several) if is_kept else -math.inf
 
-    def _shared(self, logits: Tensor) -> float:
-        assert self._first is not None
+    def _shared(self, first: Tensor, now: Tensor) -> float:
         if not self.several:
-            return shared_information(self._first, logits)
-        pairs = zip(_yes_or_no(self._first), _yes_or_no(logits), strict=True)
-        return sum(shared_information(first, now) for first, now in pairs)
+            return shared_information(first, now)
+        return sum(map(shared_information, _yes_or_no(first), _yes_or_no(now)))
 
 
 def _yes_or_no(logits: Tensor) -> list[Tensor]:

@@ -16,7 +16,7 @@ Each way works on a copy; the model itself stays as it is. From the safest to th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -29,7 +29,7 @@ from bnfinetune.bn.adapt.tent import MIN_BATCH, Tent
 from bnfinetune.bn.policy.apply import apply_policy
 from bnfinetune.bn.policy.spec import BNPolicy
 from bnfinetune.bn.population import population_of
-from bnfinetune.bn.statistics.batches import device_of, find_images, first_samples, images_tensor, to_device
+from bnfinetune.bn.statistics.batches import device_of, first_batches, images_tensor, to_device
 from bnfinetune.bn.statistics.precise import precise_bn
 from bnfinetune.bn.statistics.prior_search import CHOICE, choose_prior
 from bnfinetune.errors import PolicyError
@@ -101,8 +101,7 @@ def _take_statistics(
     if prior != "auto":
         precise_bn(model, data, num_samples=num_samples, prior=prior, include_frozen=True)
         return
-    device, batches = device_of(model), list(_first(data, num_samples or CHOICE))
-
+    device, batches = device_of(model), list(first_batches(data, num_samples or CHOICE))
     gain = InformationGain()
 
     def information() -> float:
@@ -114,14 +113,3 @@ def _take_statistics(
 
     with torch.no_grad():
         choose_prior(model, batches, information, include_frozen=True)
-
-
-def _first(data: Iterable[Any], samples: int) -> Iterator[Any]:
-    """Batches until there are so many samples; the last is cut."""
-    for batch in data:
-        found = find_images(batch)
-        count = samples if found is None else found.samples
-        yield first_samples(batch, min(count, samples))
-        samples -= count
-        if samples <= 0:
-            return

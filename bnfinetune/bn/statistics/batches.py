@@ -150,6 +150,17 @@ def first_samples(batch: Any, keep: int) -> Any:
     return _cut(batch, keep, images)
 
 
+def first_batches(data: Iterable[Any], samples: int) -> Iterator[Any]:
+    """Batches until there are so many samples; the last is cut. One whose samples cannot be told is the last."""
+    for batch in data:
+        found = find_images(batch)
+        count = samples if found is None else found.samples
+        yield first_samples(batch, min(count, samples))
+        samples -= count
+        if samples <= 0:
+            return
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """A batch with all its tensors on a device."""
     if isinstance(batch, Tensor):

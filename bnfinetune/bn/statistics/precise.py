@@ -33,13 +33,7 @@ from bnfinetune.bn.put_back import kept_buffers, modes_put_back
 from bnfinetune.bn.statistics.batches import ONLY_FIRST_VIEW, Forward, device_of, model_input, to_device
 from bnfinetune.bn.statistics.collectives import ProcessGroup, require_same_layers, together
 from bnfinetune.bn.statistics.estimators import VARIANCES
-from bnfinetune.bn.statistics.layer_statistics import (
-    NewStatistics,
-    held,
-    recorded,
-    require_values,
-    write,
-)
+from bnfinetune.bn.statistics.layer_statistics import NewStatistics, held, recorded, require_values, write
 from bnfinetune.bn.statistics.recorder import forwards_replaced
 from bnfinetune.bn.statistics.report import LayerChange, PreciseBNReport, doubts, layer_changes
 from bnfinetune.bn.statistics.shrinkage import check_prior, data_share, samples_in, shrink

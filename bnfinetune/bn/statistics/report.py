@@ -97,6 +97,11 @@ class PreciseBNReport(SavedReport):
             return None
         return self.error is not None and self.error <= self.tolerance
 
+    @property
+    def weighed(self) -> str:
+        """What to say of the samples where the stored statistics count beside them; nothing where they do not."""
+        return "" if self.share == 1 else f", which weigh {self.share:.2g} beside the stored"
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers, strings, lists and dicts."""
         return {**super().to_dict(), "reread": list(self.reread), "converged": self.converged}
@@ -106,11 +111,10 @@ class PreciseBNReport(SavedReport):
 
     def _headline(self) -> str:
         error = "" if self.error is None else f", error {self.error:.2g}"
-        share = "" if self.share == 1 else f", which weigh {self.share:.2g} beside the stored"
         goal = "" if self.tolerance is None else f" (tolerance {self.tolerance:g})"
         return (
             f"precise BN ({self.variance}): {len(self.layers)} layers from {self.samples} samples in "
-            f"{self.batches} batches{share}, {self.seconds:.1f} s{error}{goal}"
+            f"{self.batches} batches{self.weighed}, {self.seconds:.1f} s{error}{goal}"
         )
 
     def _table(self) -> list[str]:
@@ -131,9 +135,8 @@ class PreciseBNReport(SavedReport):
         lines = [f"kept, {reason}: {', '.join(names)}" for reason, names in kept.items() if names]
         for name, change in self.layers.items():
             if change.collapsed:
-                channels = ", ".join(map(str, change.collapsed[:_SHOWN])) + (
-                    ", ..." if change.collapsed[_SHOWN:] else ""
-                )
+                more = ", ..." if change.collapsed[_SHOWN:] else ""
+                channels = ", ".join(map(str, change.collapsed[:_SHOWN])) + more
                 lines.append(f"nearly constant on the data: {len(change.collapsed)} channels of {name} ({channels})")
         return lines + [f"warning: {text}" for text in self.warnings]
 

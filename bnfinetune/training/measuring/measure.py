@@ -106,6 +106,15 @@ class Exported(NamedTuple):
         model, levels = on_main(accelerator, lambda: (load_exported(folder), stated_levels(folder)))
         return Exported(accelerator, folder, recipe, model.to(accelerator.device), levels)
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes that the network names, in its order; none if it names none."""
+        return tuple(self.model.pretrained_cfg.get("label_names") or ())
+
+    def knows(self, splits: ImageSplits) -> bool:
+        """Whether images have the classes that the network names, in its order."""
+        return self.class_names == tuple(splits.class_names)
+
     def splits(self, overrides: Sequence[str], *, any_classes: bool = False) -> ImageSplits:
         """The images to measure the network on: those of its own run, or all of what `data.source` names.
 
@@ -113,7 +122,7 @@ class Exported(NamedTuple):
             DataError: The data cannot be used or, unless `any_classes`, has classes that the network does not know.
         """
         whole = "data.source" in override_keys(overrides)
-        names = () if any_classes else tuple(self.model.pretrained_cfg.get("label_names") or ())
+        names = () if any_classes else self.class_names
         splits = recipe_splits(self.recipe, self.accelerator, network=Network(names, self.levels), whole=whole)
         if not (any_classes or names) and self.model.num_classes != len(splits.class_names):
             raise DataError(

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from bnfinetune.bn.policy.domains import domain
+from bnfinetune.bn.statistics.batches import first_batches
 from bnfinetune.bn.statistics.precise import precise_bn
 from bnfinetune.bn.statistics.prior_search import CHOICE
 from bnfinetune.bn.statistics.report import PreciseBNReport
@@ -58,7 +59,8 @@ def recalibrate(
     options = {**selection, "variance": section.variance, "tolerance": section.tolerance, "include_frozen": True}
     with accelerator.autocast(), nullcontext() if name is None or exported else domain(model, name):
         if section.prior == "auto":
-            few = _share_of(_labelled(loader, number), section.samples or CHOICE, accelerator)
+            share = -(-(section.samples or CHOICE) // accelerator.num_processes)
+            few = list(first_batches(_labelled(loader, number), share))
             judge = "certainty" if section.data == "target" else judge
             return recalibrate_by_choice(model, few, judge, accelerator, **options)
         enough = section.samples is not None and (loader.images is None or section.samples < loader.images)
@@ -84,8 +86,7 @@ def recalibrate_checkpoint(checkpoint: str, out: str, overrides: Sequence[str] =
     target = on_main(accelerator, lambda: choose_folder(out, "recalibrated"))
     splits = exported.splits(overrides, any_classes=True)
     data_config = input_config(model, recipe.data.image_size)
-    known = tuple(model.pretrained_cfg.get("label_names") or ()) == tuple(splits.class_names)
-    judge: Judge = "labels" if known else "certainty"
+    judge: Judge = "labels" if exported.knows(splits) else "certainty"
     with closing(recipe_loaders(recipe, splits, data_config, accelerator)) as loaders, SharedFailures(TIMEOUT_MINUTES):
         report = recalibrate(model, loaders, recipe, accelerator, judge=judge, exported=True)
     names = model.pretrained_cfg.get("label_names") or [str(number) for number in range(model.num_classes)]
@@ -112,20 +113,6 @@ def _labelled(loader: ImageLoader, number: int | None) -> Iterator[tuple[Tensor,
         chosen = more[0] == number if number is not None and loader.emits_domains else slice(None)
         if len(images[chosen]):
             yield images[chosen], labels[chosen]
-
-
-def _share_of(
-    batches: Iterator[tuple[Tensor, Tensor]], samples: int, accelerator: Accelerator
-) -> list[tuple[Tensor, Tensor]]:
-    """The first batches of this rank, until it has its share of so many images."""
-    taken: list[tuple[Tensor, Tensor]] = []
-    left = -(-samples // accelerator.num_processes)
-    for images, labels in batches:
-        taken.append((images[:left], labels[:left]))
-        left -= len(taken[-1][0])
-        if not left:
-            break
-    return taken
 
 
 def _loader(loaders: Loaders, section: Recalibrate) -> ImageLoader:

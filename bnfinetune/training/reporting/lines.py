@@ -109,9 +109,8 @@ def told(reports: Mapping[str, PreciseBNReport], data: str) -> list[str]:
     """Statistics computed anew, a line for each network."""
     worst = {name: max(each.mean_shift_rms for each in report.layers.values()) for name, report in reports.items()}
     return [
-        f"recalibrated {len(report.layers)} BN layers of the {name} on {report.samples} {data} images"
-        + ("" if report.share == 1 else f", which weigh {report.share:.2g} beside the stored")
-        + f"; means moved by up to {worst[name]:.2f} standard deviations (rms of a layer)"
+        f"recalibrated {len(report.layers)} BN layers of the {name} on {report.samples} {data} images{report.weighed}; "
+        f"means moved by up to {worst[name]:.2f} standard deviations (rms of a layer)"
         for name, report in reports.items()
     ]
 

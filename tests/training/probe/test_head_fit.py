@@ -197,7 +197,7 @@ def run_rank(rank, world, port, images, folder):
 def test_two_ranks_fit_what_one_does(images, tmp_path, free_port):
     bnf.finetune("lp_ft", **options(images, tmp_path, **{"train.steps": 0, "run.dir": tmp_path / "alone"}))
     mp.spawn(run_rank, args=(2, free_port, images, tmp_path), nprocs=2)
-    heads = [torch.load(tmp_path / f"rank {rank}.pt") for rank in (0, 1)]
+    heads = [torch.load(tmp_path / f"rank {rank}.pt", weights_only=True) for rank in (0, 1)]
     alone = last_weights(tmp_path / "alone")
     for key in ("weight", "bias"):
         assert torch.equal(heads[0][key], heads[1][key])
