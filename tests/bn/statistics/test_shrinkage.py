@@ -148,6 +148,10 @@ def test_of_equal_scores_the_stored_statistics_win_and_a_failing_score_leaves_th
         with pytest.raises(error):
             choose_prior(model, batches, score)
         assert not differing(tensors_of(model), before)
+    late = iter([0.0, 1.0, math.nan])  # when the statistics have moved already
+    with pytest.raises(StatisticsError, match="not a number"):
+        choose_prior(model, batches, lambda: next(late))
+    assert not differing(tensors_of(model), before)
 
 
 @pytest.mark.parametrize(
