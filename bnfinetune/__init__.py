@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bnfinetune.bn.absorb import absorb_bn
     from bnfinetune.bn.adapt.methods import adapt_model
+    from bnfinetune.bn.average import average_networks
     from bnfinetune.bn.convert.frozen_batch_norm import convert_frozen_bn
     from bnfinetune.bn.convert.group_norm import convert_group_norm
     from bnfinetune.bn.folding.fold import fold_bn, fold_report, folded, unfold_bn
@@ -41,6 +42,7 @@ __all__ = [
     "adapt_model",
     "apply_policy",
     "auto_momentum",
+    "average_networks",
     "check_bn",
     "choose_prior",
     "convert_frozen_bn",
@@ -82,6 +84,7 @@ _HOMES = {
     "adapt_model": "bnfinetune.bn.adapt.methods",
     "apply_policy": "bnfinetune.bn.policy.apply",
     "auto_momentum": "bnfinetune.bn.policy.spec",
+    "average_networks": "bnfinetune.bn.average",
     "check_bn": "bnfinetune.diagnose.checks",
     "choose_prior": "bnfinetune.bn.statistics.prior_search",
     "convert_frozen_bn": "bnfinetune.bn.convert.frozen_batch_norm",

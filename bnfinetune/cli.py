@@ -222,6 +222,46 @@ def recalibrate(arguments: Arguments) -> None:
         print(f"{report}\nwritten to {out}")
 
 
+@verb(
+    "RUN RUN ... out=FOLDER [choose=all|greedy] [key=value ...]",
+    overrides=True,
+    paths=True,
+    out="the new folder",
+    choose="all (default), or greedy: the best on validation, and of the others each that does not make it worse",
+)
+def average(arguments: Arguments) -> None:
+    """Average the weights of finished networks, compute BatchNorm statistics anew where they differ, and write it.
+
+    The networks are run folders (their best checkpoints are taken) or folders such as RUN/best, of one architecture and
+    the same classes. Runs that began at the same weights often have an average that is better than each of them.
+
+    Examples:
+      bnfinetune average runs/freeze_bn runs/freeze_bn-2 out=runs/averaged
+      bnfinetune average runs/full runs/full-2 runs/full-3 out=runs/soup choose=greedy
+    """
+    from bnfinetune.recipe_files import load_recipe
+
+    out = arguments.need("out", "write out=FOLDER, a folder that does not exist yet")
+    choose = arguments.choose("choose", "all", "greedy")
+    for path in arguments.paths:
+        _answer_at_once(check_checkpoint, path)
+    _answer_at_once(check_path, load_recipe({}, arguments.overrides).data.source)
+
+    from bnfinetune.training.launch import leave_ranks
+    from bnfinetune.training.measuring.average import average_checkpoints
+
+    averaged = average_checkpoints(arguments.paths, out, arguments.overrides, choose=choose == "greedy")
+    leave_ranks()
+    if _rank() != 0:
+        return
+    from rich.console import Console
+
+    from bnfinetune.training.reporting.summary import metrics_table
+
+    Console().print(metrics_table(averaged.metrics))
+    print(f"average of {', '.join(averaged.taken)}, {averaged.statistics}, written to {out}")
+
+
 @verb("")
 def recipes(arguments: Arguments) -> None:
     """List the shipped recipes and what each is for."""
@@ -318,7 +358,7 @@ def _parse(name: str, words: Sequence[str]) -> Arguments:
             if not value:
                 raise RecipeError(f"{key}= has no value; allowed: {spec.options[key]}")
             arguments.options[key] = os.path.expanduser(value)  # shells leave a ~ behind = as it is
-        elif spec.takes_overrides:
+        elif spec.takes_overrides and (equals or not spec.takes_paths):
             arguments.overrides.append(word)
         elif spec.takes_paths and (not equals or os.path.exists(word)):
             arguments.paths.append(word)

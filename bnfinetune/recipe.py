@@ -297,7 +297,9 @@ class Schedule(Section):
         default="cosine", description="shape of the schedule; linear and poly fall as the first and second power"
     )
     warmup_fraction: Fraction = Field(default=0.05, description="share of all updates spent warming up from warmup_lr")
-    warmup_lr: Rate = Field(default=0.0, description="learning rate of the first update")
+    warmup_lr: Rate = Field(
+        default=0.0, description="learning rate that the warm-up rises from; the first update is one step above it"
+    )
     min_lr: Rate = Field(default=0.0, description="learning rate at the end")
     decay_fraction: Fraction = Field(default=0.3, description="step: share of all updates between two decays")
     decay_rate: Fraction = Field(default=0.1, description="step, multistep: factor of one decay")
@@ -346,6 +348,14 @@ class Train(Section):
     )
     ema: Between | None = Field(
         default=None, description="decay of an averaged copy of the model, which is then what is evaluated and saved"
+    )
+    average: Literal["none", "last_k", "greedy"] = Field(
+        default="none",
+        description="at the end, average networks of evaluations, with statistics computed anew where they moved; the "
+        "average is the best if it measures so; last_k: of the last ones; greedy: of the best ones, each that helps",
+    )
+    average_of: Annotated[int, Field(ge=2)] = Field(
+        default=5, description="evaluations whose networks train.average takes, or tries"
     )
     cache_features: Annotated[Literal["auto", "off"], BeforeValidator(_yaml_off)] = Field(
         default="auto",
@@ -509,6 +519,12 @@ class Recipe(Section):
             raise ValueError(
                 "model.head=fitted comes before bn.freeze_after=0 computes statistics anew: use recalibrate.at=[start]"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_average(self) -> Recipe:
+        if self.train.average != "none" and self.train.ema is not None:
+            raise ValueError("train.average and train.ema average weights twice: unset one of them")
         return self
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from bnfinetune.bn.absorb import absorb_bn
 from bnfinetune.bn.adapt import Tent, adapt_model
+from bnfinetune.bn.average import average_networks
 from bnfinetune.bn.convert.frozen_batch_norm import convert_frozen_bn
 from bnfinetune.bn.convert.group_norm import GroupNormReport, convert_group_norm
 from bnfinetune.bn.folding.fold import fold_bn, fold_report, folded, unfold_bn
@@ -31,6 +32,7 @@ __all__ = [
     "adapt_model",
     "apply_policy",
     "auto_momentum",
+    "average_networks",
     "choose_prior",
     "convert_frozen_bn",
     "convert_group_norm",

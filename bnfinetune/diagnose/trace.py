@@ -49,6 +49,7 @@ class Forward:
         std: standard deviation of the same sample.
         updated: whether any BN layer updated its statistics in it.
         domain: whose statistics these were; None for the layers' own.
+        foreign: whether an evaluation with the weights that `optimizer.eval()` put in, and statistics of those before.
         backwards: backward passes through its output.
         predicted: how often each class was predicted, where that was asked for.
     """
@@ -62,6 +63,7 @@ class Forward:
     std: Tensor | None = None
     updated: bool = False
     domain: str | None = None
+    foreign: bool = False
     backwards: int = 0
     predicted: Tensor | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import takewhile
 from types import TracebackType
 from typing import Any
 
@@ -108,7 +109,8 @@ class _Watcher:
         affine = {id(p) for layer in self._layers.values() for p in layer.parameters(recurse=False)}
         trace.adapts = bool(trained) and trained <= affine
         trace.layers = {name: LayerCalls(was_apart=case.set_apart(name)) for name in self._layers}
-        self._counts_steps = case.optimizer is not None
+        self._optimizer = case.optimizer
+        self._trained: list[int] = []  # versions of the statistics after the last training forward
         self._now: Forward | None = None
         self._open = 0
         self._last: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -155,6 +157,8 @@ class _Watcher:
         image = _first_tensor((args, kwargs))
         if image is not None:
             _describe_input(forward, image)
+        if not forward.training and evaluates_others(self._optimizer):
+            forward.foreign = not self._computed_anew()
         self._trace.forwards.append(forward)
         self._now = forward
         if forward.trains:
@@ -162,6 +166,8 @@ class _Watcher:
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward, self._now = self._now, None
+        if forward is not None and forward.trains:
+            self._trained = self._versions()
         out = _first_tensor(output)
         if forward is None or out is None:
             return
@@ -172,10 +178,26 @@ class _Watcher:
         if self._trace.adapts and out.ndim == 2 and out.shape[1] > 1:
             forward.predicted = torch.bincount(out.detach().argmax(1), minlength=out.shape[1])
 
+    def _computed_anew(self) -> bool:
+        """Whether somebody has written to statistics since the last training forward; forwards for it are no tests."""
+        anew = self._versions() != self._trained
+        if anew:
+            for forward in self._since_training():
+                forward.foreign = False
+        return anew
+
+    def _since_training(self) -> Iterator[Forward]:
+        return takewhile(lambda forward: not forward.trains, reversed(self._trace.forwards))
+
+    def _versions(self) -> list[int]:
+        """Which change when somebody writes to the statistics of a layer."""
+        means = (layer._buffers.get("running_mean") for layer in self._layers.values())
+        return [mean._version for mean in means if mean is not None and not mean.is_inference()]
+
     def _backward(self, forward: Forward) -> None:
         forward.backwards += 1
         self._open = 0
-        if not self._counts_steps:
+        if self._optimizer is None:
             self._trace.steps += 1
 
     def _step(self, *_: Any) -> None:
@@ -210,6 +232,12 @@ class _Watcher:
             seen.images = images
             output = self._bare(*args, **kwargs)
         return _first_tensor(output), drifts(layers, seen)
+
+
+def evaluates_others(optimizer: torch.optim.Optimizer | None) -> bool:
+    """Whether an optimizer has put other weights in the place of those that it trains, as schedule-free ones do."""
+    groups = [] if optimizer is None or not callable(getattr(optimizer, "eval", None)) else optimizer.param_groups
+    return any(group.get("train_mode") is False for group in groups)
 
 
 def updates_now(layer: nn.Module, *, recompute: bool = False) -> bool:

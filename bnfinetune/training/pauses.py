@@ -15,6 +15,7 @@ from bnfinetune.bn.layers import is_bn_layer
 from bnfinetune.diagnose.finding import Findings
 from bnfinetune.recipe_files import dump_recipe
 from bnfinetune.training.assembly import Assembly
+from bnfinetune.training.averages import candidates
 from bnfinetune.training.data.loaders import EvalLoader
 from bnfinetune.training.ending import Best
 from bnfinetune.training.launch import GlobalBatch, on_main
@@ -24,6 +25,7 @@ from bnfinetune.training.record import Record
 from bnfinetune.training.reporting.report_page import write_page
 from bnfinetune.training.saving.atomic import append_line, in_words, write_text
 from bnfinetune.training.saving.run_folder import METRICS, UNREADABLE, RunFolder
+from bnfinetune.training.saving.snapshots import SnapshotStore
 from bnfinetune.training.saving.states import StateStore, random_state, rank_statistics
 
 
@@ -78,6 +80,7 @@ class Pauses:
         self.list_unreadable()
         if better and self.accelerator.is_main_process:
             self.setup.export(network, self.folder, self.record.statistics, metrics.thresholds)
+        self._keep_for_average(network)
         self.best = metrics if better else self.best
         self._write_page(network, self.best or metrics)
 
@@ -104,6 +107,14 @@ class Pauses:
         if progress.skipped > self.told_skipped:
             self.say(f"skipped {progress.skipped - self.told_skipped} updates: loss or gradient was not finite")
         self.told_skipped = progress.skipped
+
+    def _keep_for_average(self, network: nn.Module) -> None:
+        """Keep a network that may become a part of the average at the end, in place of one that no longer can."""
+        update, wanted = self.trainer.progress.update, candidates(self.record.history, self.trainer.recipe)
+        if update in wanted and self.accelerator.is_main_process:
+            store = SnapshotStore(self.folder.path)
+            store.save(update, network)
+            store.keep_only(wanted)
 
     def _write_page(self, network: nn.Module, metrics: Metrics) -> None:
         """Let the run be looked at as it goes on, as often as it says a line."""

@@ -19,12 +19,20 @@ class Record:
         unreadable: Images that `data.on_error=skip` has left out, with the reason.
         before: Metrics by split of the network as it started.
         history: One entry per evaluation.
+        average: Of the average at the end: the updates that it is of, its metrics, and whether it is the best.
     """
 
     statistics: dict[str, Any]
     unreadable: dict[str, None] = field(default_factory=dict)
     before: dict[str, Metrics] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    average: dict[str, Any] = field(default_factory=dict)
+
+    def best_of(self, update: int) -> str:
+        """The best network in words, where `update` is that of the best evaluation."""
+        if not self.average.get("best"):
+            return f"update {update}"
+        return f"updates {', '.join(map(str, self.average['of']))}, averaged"
 
     def note_recalibration(self, reports: Iterable[PreciseBNReport], data: str, moment: str) -> None:
         """Write down that statistics were computed anew, from `data`."""

@@ -14,6 +14,7 @@ from torch import nn
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import dump_recipe, load_recipe
 from bnfinetune.training.assembly import assemble, judge
+from bnfinetune.training.averages import try_average
 from bnfinetune.training.beginning import begin
 from bnfinetune.training.ending import measure_best
 from bnfinetune.training.failures import SharedFailures
@@ -110,6 +111,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, lock: RunLock, say: Lines) 
         ):
             pauses = Pauses(setup, folder, record, measurer, validation, findings, say)
             trainer.fit(pauses, images, show)
+        try_average(setup, folder, record, measurer, say)
         best = measure_best(setup, folder, record, measurer, say)
         pauses.list_unreadable()
         write_report(setup, folder, record, best, findings, say)

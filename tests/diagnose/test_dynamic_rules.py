@@ -437,3 +437,33 @@ def test_a_model_that_cannot_be_run_again_is_said_once():
 def test_unknown_rules_are_refused_before_any_step():
     with pytest.raises(bnf.errors.SelectionError, match="no rule 'BN999'"):
         bnf.watch_bn(network("resnet18"), ignore=["BN999"])
+
+
+# averages
+
+
+def test_the_average_of_an_optimizer_wants_statistics_of_its_own(name):
+    schedulefree = pytest.importorskip("schedulefree")
+    model = network(name)
+    optimizer = schedulefree.AdamWScheduleFree(model.parameters(), lr=1e-2)
+    data = batches(2)
+
+    def loop(before_evaluation=lambda: None, switch=True):
+        optimizer.train()
+        train(model.train(), optimizer, data)
+        if switch:
+            optimizer.eval()
+        before_evaluation()
+        with torch.no_grad():
+            model.eval()(data[0][0])
+            model(data[1][0])
+
+    found = the(watched(model, loop, optimizer).findings, "BN605")
+    assert set(found.where) == set(bnf.find_bn_layers(model))
+    assert "2 evaluation forwards" in found.measured
+    repaired = watched(model, lambda: loop(lambda: paste(found.fix, model=model, loader=data)), optimizer)
+    assert "BN605" not in codes(repaired.findings)
+    plain = watched(model, lambda: loop(switch=False), optimizer)  # evaluates what was trained
+    assert "BN605" not in codes(plain.findings)
+    bnf.freeze_bn(model)
+    assert "BN605" not in codes(watched(model, loop, optimizer).findings)  # statistics do not move

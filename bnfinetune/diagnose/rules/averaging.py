@@ -170,3 +170,40 @@ def _layer_of(node: torch.fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = list(stack.values())[-1][0] if stack else node.name
     return str(path).removeprefix("L['self'].").replace("L__self___", "")
+
+
+@rule(
+    "BN605",
+    "the optimizer's average is evaluated with statistics of other weights",
+    "warning",
+    why="optimizer.eval() puts averaged weights in; the running statistics are those of the weights that trained.",
+    needs=("trace",),
+)
+def statistics_of_trained_weights(case: Case) -> Iterator[Trouble]:
+    """**Symptom.** With a schedule-free optimizer validation is worse than the training loss promises.
+
+    **Cause.** Schedule-free optimizers (Defazio et al. 2024) train weights y and evaluate their average x, which
+    `optimizer.eval()` puts in the place of y. Running statistics were updated by forwards of y.
+
+    **Found by.** A forward in evaluation mode after `optimizer.eval()`, when nobody had written to the running
+    statistics since the last training forward. `precise_bn` gives x statistics of its own; training goes on from them.
+
+    ```python
+    optimizer = schedulefree.AdamWScheduleFree(model.parameters())
+    optimizer.eval()
+    validate(model.eval())                                            # the pitfall
+
+    optimizer.eval()
+    bnf.precise_bn(model, loader, num_samples=4096)                   # repaired
+    validate(model.eval())
+    ```
+    """
+    assert case.trace is not None
+    count = sum(forward.foreign for forward in case.trace.forwards)
+    moving = [name for name, calls in case.trace.layers.items() if calls.updating]
+    if count and moving:
+        yield Trouble(
+            tuple(moving),
+            f"{count} evaluation forwards after optimizer.eval(), with statistics of the weights before it",
+            case.call("precise_bn", moving, "loader"),
+        )

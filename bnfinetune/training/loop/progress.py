@@ -50,16 +50,33 @@ class Progress:
             loss: The validation loss.
             sound: Whether all that the network holds is finite; if not, or if value or loss are not, it never is best.
         """
-        value = -value if metric in LOWER_IS_BETTER else value
-        best = None if self.best is None else -self.best if metric in LOWER_IS_BETTER else self.best
-        finite = sound and math.isfinite(value) and math.isfinite(loss)
-        higher = finite and (best is None or value > best)
-        better = higher or (finite and value == best and loss < self.best_loss)
+        score = score_of(metric, value, loss) if sound else None
+        best = None if self.best is None else score_of(metric, self.best, self.best_loss)
+        better = score is not None and (best is None or score > best)
+        higher = score is not None and (best is None or score.value > best.value)
         if better:
-            self.best = -value if metric in LOWER_IS_BETTER else value
-            self.best_loss, self.best_update = loss, self.update
+            self.best, self.best_loss, self.best_update = value, loss, self.update
         self.stale = 0 if higher else self.stale + 1
         return better
+
+
+class Score(NamedTuple):
+    """How good a network is; the better of two is the larger.
+
+    Attributes:
+        value: Of the metric that chooses, such that more is better.
+        minus_loss: The negative validation loss, which decides between equal values.
+    """
+
+    value: float
+    minus_loss: float
+
+
+def score_of(metric: str, value: float, loss: float) -> Score | None:
+    """The score of an evaluation; None where a number is not finite, which never is the best."""
+    if not (math.isfinite(value) and math.isfinite(loss)):
+        return None
+    return Score(-value if metric in LOWER_IS_BETTER else value, -loss)
 
 
 class Status(NamedTuple):

@@ -112,7 +112,11 @@ class Trainer:
     def _set_up_schedule(self) -> None:
         """Build the schedule of the optimizer's groups, at the present update."""
         self.schedule = build_schedule(self.optimizer, self.recipe.optim.schedule, max(self.updates, 1))
-        self.schedule.step_update(self.progress.update)
+        self._set_rate()
+
+    def _set_rate(self) -> None:
+        """Set the learning rate of the next update; at point 0 of its schedule nothing would be learned."""
+        self.schedule.step_update(self.progress.update + 1)
 
     def _note_step(self) -> None:
         self.steps_made += 1
@@ -310,7 +314,7 @@ class Trainer:
         progress.skipped_in_row = 0 if good else progress.skipped_in_row + 1
         progress.skipped += not good
         progress.pieces = self.gradients.pieces
-        self.schedule.step_update(progress.update)
+        self._set_rate()
         if good:
             self.losses.append((value, images))
             if self.ema is not None:

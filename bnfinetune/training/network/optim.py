@@ -195,9 +195,10 @@ def _unfit(optimizer: Any) -> str | None:
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, updates: int) -> Scheduler:
-    """timm's schedule over `updates` optimizer updates; call `step_update(n)` after the n-th update.
+    """timm's schedule over `updates` optimizer updates; call `step_update(n)` before the n-th update, counted from 1.
 
-    The warm-up ends at the peak learning rate, and the schedule's shape spans the updates after it.
+    The warm-up begins one step above `warmup_lr`, so that its first update is not idle. The update after it has the
+    peak learning rate, and the schedule's shape spans the updates from there.
     """
     warmup = min(round(schedule.warmup_fraction * updates), updates - 1)
     after = updates - warmup
@@ -208,7 +209,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, updates
         num_epochs=after,
         updates_per_epoch=1,
         step_on_epochs=False,
-        warmup_epochs=warmup,
+        warmup_epochs=warmup + 1,
         warmup_prefix=True,
         warmup_lr=schedule.warmup_lr,
         min_lr=schedule.min_lr,

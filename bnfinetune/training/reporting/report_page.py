@@ -37,7 +37,7 @@ def write_page(setup: Assembly, folder: RunFolder, record: Record, best: Best, f
         after={name: metrics.scalars() for name, metrics in best.after.items()},
         history=[{"update": 0} | record.before["validation"].scalars() | dict(best.drift_at_start), *record.history],
         best_update=progress.best_update,
-        numbers={"best update": f"{progress.best_update} of {progress.update}"},
+        numbers={"best network": f"{record.best_of(progress.best_update)} of {progress.update}"},
         confusion=best.after[last].confusion,
         class_names=class_names,
         per_class=dict(zip(class_names, best.after[last].per_class, strict=True)),

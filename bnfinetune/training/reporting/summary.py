@@ -60,7 +60,7 @@ def write_report(
         say(f"{len(record.unreadable)} unreadable images were left out: {folder.path / UNREADABLE}")
     if numbers["images"]:
         say(f"trained in {numbers['seconds']:,.1f} s, {numbers['images_per_second']:,.0f} images/s")
-    say(f"best network of update {numbers['best_update']}: {folder.best}")
+    say(f"best network of {record.best_of(numbers['best_update'])}: {folder.best}")
     if best.mistakes is not None:
         say(f"a page to look at: {folder.path / 'report.html'}")
 
@@ -79,6 +79,7 @@ def summary(setup: Assembly, record: Record, best: Best) -> dict[str, Any]:
         "updates": progress.update,
         "epochs": progress.epoch,
         "best_update": progress.best_update,
+        "average": record.average,
         "before": {name: metrics.scalars() for name, metrics in record.before.items()},
         "after": {name: metrics.scalars() for name, metrics in best.after.items()},
         "per_class": dict(zip(setup.splits.class_names, best.after[last].per_class, strict=True)),
