@@ -97,7 +97,9 @@ class Model(Section):
     weight_standardisation: bool = Field(
         default=False, description="group_norm: standardise the filters of the convolutions before it too"
     )
-    trainable: Literal["all", "bn_and_head", "head"] = Field(default="all", description="which parameters learn")
+    trainable: Literal["all", "bn_and_head", "last_bn_and_head", "head"] = Field(
+        default="all", description="which parameters learn"
+    )
     compile: bool = Field(default=False, description="torch.compile the training step's model")
     grad_checkpointing: bool = Field(default=False, description="recompute activations in backward to save memory")
     channels_last: bool = Field(default=False, description="store activations as NHWC")
@@ -205,7 +207,9 @@ class BN(Section):
     eval_stats: Literal["running", "batch", "mix"] | None = Field(
         default=None, description="statistics that normalise in evaluation"
     )
-    layers: str | tuple[str, ...] = Field(default="*", description="globs on layer names that the switches apply to")
+    layers: str | tuple[str, ...] = Field(
+        default="*", description="globs on names of layers that the switches apply to; :last is the last BN layer"
+    )
     exclude: str | tuple[str, ...] = Field(default=(), description="globs on layer names that are left alone")
     momentum: Fraction | Literal["auto"] | None = Field(
         default=None,
@@ -282,6 +286,9 @@ class Recalibrate(Section):
         default=None, description="stop once every channel's standard error is below this"
     )
     variance: Literal["pooled", "mean"] = Field(default="pooled", description="which variance is estimated")
+    layers: str | tuple[str, ...] = Field(
+        default="*", description="globs on names of layers whose statistics are computed; :last is the last BN layer"
+    )
     prior: Rate | Literal["auto"] = Field(
         default=0.0,
         description="images that the stored statistics count for beside those read; auto chooses, on at most 512 "

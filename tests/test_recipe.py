@@ -59,6 +59,13 @@ class TestShippedRecipes:
             ("bn_only", FIXED | {"model.trainable": "bn_and_head", "optim.lr": 0.01}),
             ("linear_probe", FROZEN | {"model.trainable": "head", "optim.lr": 0.01}),
             ("lp_ft", FROZEN | {"model.head": "fitted", "optim.lr": 3e-4}),
+            (
+                "fix_size",
+                {"bn.train_stats": "running", "bn.update_stats": "none"}
+                | {"model.trainable": "last_bn_and_head", "train.epochs": 5}
+                | {"recalibrate.at": ["start"], "recalibrate.layers": ":last"}
+                | {"data.augment.scale": [1.0, 1.0], "data.augment.ratio": [1.0, 1.0]},
+            ),
             ("from_scratch", {"model.pretrained": False}),
         ],
     )

@@ -30,6 +30,9 @@ Tail = Callable[[nn.Module, Tensor], Tensor]
 Predicate = Callable[[str, nn.Module], bool]
 Selector = str | type[nn.Module] | Predicate
 Selection = Selector | Sequence[Selector]
+
+LAST = ":last"
+"""Selects the last BN layer, in registration order."""
 """Which BN layers: a glob on qualified names, a class, a function of name and layer, or several of these."""
 
 _WRAPPED_CHILD: dict[str, type[nn.Module] | tuple[type[nn.Module], ...]] = {
@@ -389,9 +392,9 @@ def select_layers(model: nn.Module, layers: Selection = "*", exclude: Selection 
     Args:
         model: any module, wrapped or not.
         layers: one selector or several; a layer is taken if any of them fits it. A string is a glob on whole qualified
-            names (`fnmatch`: `*` crosses dots), and fits if it fits any of the layer's names. A class, such as
-            `nn.BatchNorm1d`, fits its instances and those of its subclasses, as they are without a policy. A function
-            is called as `function(name, layer)`.
+            names (`fnmatch`: `*` crosses dots), and fits if it fits any of the layer's names; `:last` is the last BN
+            layer in registration order. A class, such as `nn.BatchNorm1d`, fits its instances and those of its
+            subclasses, as they are without a policy. A function is called as `function(name, layer)`.
         exclude: selectors of layers to leave out.
 
     Returns:
@@ -416,7 +419,7 @@ def select_layers(model: nn.Module, layers: Selection = "*", exclude: Selection 
 def _matching(named: dict[nn.Module, list[str]], selection: Selection) -> set[nn.Module]:
     matched: set[nn.Module] = set()
     for selector in as_tuple(selection):
-        fits = _test_of(selector)
+        fits = _test_of(selector, last=list(named)[-1])
         hits = {layer for layer, names in named.items() if any(fits(name, layer) for name in names)}
         if not hits:
             raise SelectionError(f"{_shown(selector)} matches no BN layer; {_present(selector, named)}")
@@ -424,7 +427,9 @@ def _matching(named: dict[nn.Module, list[str]], selection: Selection) -> set[nn
     return matched
 
 
-def _test_of(selector: Selector) -> Predicate:
+def _test_of(selector: Selector, last: nn.Module) -> Predicate:
+    if selector == LAST:
+        return lambda name, layer: layer is last
     if isinstance(selector, str):
         return lambda name, layer: fnmatchcase(name, selector)
     if isinstance(selector, type):

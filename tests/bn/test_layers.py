@@ -28,7 +28,7 @@ from bnfinetune import (
 )
 from bnfinetune.bn.layers import bn_tail, find_bn_layers, is_bn_layer, register_bn_class, select_layers, unwrap
 from bnfinetune.errors import BnFinetuneError, LayerError, SelectionError
-from tests.bn.models import backbone, differing, images, tensors_of, toy
+from tests.bn.models import BACKBONES, backbone, differing, images, tensors_of, toy
 
 BN = [
     nn.BatchNorm1d(4),
@@ -93,6 +93,15 @@ def test_a_lazy_layer_is_named_until_it_has_a_size():
         find_bn_layers(model)
     model(torch.randn(2, 3, 4, 4))
     assert list(find_bn_layers(model)) == ["0"]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_last_layer_has_a_selector_of_its_own(name):
+    model = backbone(name)
+    last = list(find_bn_layers(model))[-1]
+    assert list(select_layers(model, ":last")) == [last]
+    assert last not in select_layers(model, "*", exclude=":last")
+    assert list(select_layers(model, [":last", "bn1"])) == ["bn1", last]
 
 
 def test_globs_select_by_whole_name():

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -288,3 +289,40 @@ def test_group_norm_networks_train_and_load_again(standardised, images, tmp_path
     batch = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(loaded(batch), result.model.eval()(batch))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
+def test_the_last_layer_and_the_head_are_tuned_at_another_size(name, images, tmp_path):
+    write_weights(tmp_path / "start.safetensors", name)
+    start = {"model.name": name, "model.checkpoint": tmp_path / "start.safetensors"}
+    bnf.finetune("freeze_bn", **settings(images, tmp_path / "run", **start, **{"train.epochs": 1}))
+    first = exported(tmp_path / "run" / "best")
+    stage = {"model.name": f"local-dir:{tmp_path / 'run' / 'best'}", "data.image_size": 48, "train.epochs": 1}
+    result = bnf.finetune("fix_size", **settings(images, tmp_path / "stage", **stage, **EACH))
+    keys, last = bn_keys(name), list(bnf.find_bn_layers(result.model))[-1]
+    state = states(tmp_path / "stage")[5]
+    moved = {key for key, value in state.items() if not torch.equal(value, first[key])}
+    assert moved == {f"{last}.{key}" for key in ("weight", "bias", "running_mean", "running_var")} | keys["head"]
+    oracle = load_exported(tmp_path / "run" / "best")
+    inputs = []
+    oracle.get_submodule(last).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad():
+        oracle(training_images(result.recipe))
+    x = inputs[0].double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(state[f"{last}.running_mean"].double(), x.mean(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state[f"{last}.running_var"].double(), x.var(1, correction=0), rtol=1e-4, atol=1e-5)
+
+
+def training_images(recipe) -> torch.Tensor:
+    """All training images, prepared as those that are tested, at the recipe's size."""
+    from accelerate import Accelerator
+
+    from bnfinetune.training.data.from_recipe import recipe_loaders, recipe_splits
+    from bnfinetune.training.measuring.measure import load_exported as load
+    from bnfinetune.training.network.backbone import input_config
+
+    accelerator = Accelerator(cpu=True)
+    splits = recipe_splits(recipe, accelerator)
+    model = load_exported(Path(recipe.model.name.removeprefix("local-dir:")))
+    loaders = recipe_loaders(recipe, splits, input_config(model, recipe.data.image_size), accelerator)
+    return torch.cat([batch[0] for batch in loaders.stats])

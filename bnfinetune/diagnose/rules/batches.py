@@ -237,6 +237,9 @@ def other_resolution(case: Case) -> Iterator[Trouble]:
     bnf.precise_bn(model, loader_at_224)                    # repaired: statistics at the size that is evaluated,
     bnf.freeze_bn(model, affine=False)                      # which the last epochs then train with
     ```
+
+    After a run of this project, `recipe=fix_size` is the paper's own cure: at the evaluation size it computes the last
+    layer's statistics anew and tunes its affine and the head.
     """
     train, evaluated = case.context.train_size, case.context.eval_size
     if case.trace is not None:

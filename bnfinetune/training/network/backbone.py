@@ -13,7 +13,7 @@ from timm.models import get_model_input_config, parse_model_name
 from torch import nn
 
 import bnfinetune.demo  # noqa: F401  (registers the embedded backbone with timm)
-from bnfinetune.bn.layers import find_bn_layers
+from bnfinetune.bn.layers import LAST, select_layers
 from bnfinetune.bn.statistics.precise import evaluation_mode
 from bnfinetune.errors import BackboneError, CheckpointError, did_you_mean
 from bnfinetune.recipe import Model
@@ -151,12 +151,13 @@ def input_config(model: nn.Module, image_size: int | None) -> dict[str, Any]:
 
 
 def restrict_training(model: nn.Module, trainable: str) -> None:
-    """Freeze what `model.trainable` leaves out, before any policy: `bn_and_head` or `head`."""
+    """Freeze what `model.trainable` leaves out, before any policy."""
     if trainable == "all":
         return
     keep = head_parameters(model)
-    if trainable == "bn_and_head":
-        keep |= {id(p) for layer in find_bn_layers(model).values() for p in layer.parameters(recurse=False)}
+    if trainable != "head":
+        layers = select_layers(model, LAST if trainable == "last_bn_and_head" else "*")
+        keep |= {id(p) for layer in layers.values() for p in layer.parameters(recurse=False)}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in keep)
 
