@@ -70,10 +70,14 @@ def spoil(monkeypatch, update, what):
     monkeypatch.setattr(Trainer, "_count", spoiled)
 
 
-@pytest.mark.parametrize("what", ["weight", "statistic"])
-def test_a_network_with_nan_is_never_exported(what, images, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("what", "eval_stats"),
+    [("weight", "running"), ("statistic", "running"), ("statistic", "batch")],  # the last gives finite losses
+)
+def test_a_network_with_nan_is_never_exported(what, eval_stats, images, tmp_path, monkeypatch):
     spoil(monkeypatch, 2, what)
     options = {"evaluate.every_steps": 1, "train.steps": 3, "bn.train_stats": "batch", "checkpoint.metric": "macro_f1"}
+    options["bn.eval_stats"] = eval_stats
     result = bnf.finetune("full", **settings(images, tmp_path / "run", **options))
     assert json.loads((tmp_path / "run/summary.json").read_text())["best_update"] == 1
     assert all(value.isfinite().all() for value in exported(tmp_path / "run/best").values())
