@@ -15,7 +15,8 @@ SOUND_NOISE = 0.25
 """Noise of a batch's statistics, in standard deviations, up to which a batch size is called sound."""
 
 FITS, FOREIGN = 0.25, 0.75
-"""Drift of the worst layer, in standard deviations, up to which statistics fit, and from which they are foreign."""
+"""Drift of the worst layer, in standard deviations, up to which statistics are those of the images, and from which they
+are another domain's."""
 
 
 CLUSTERED = 1.35
@@ -168,12 +169,11 @@ class DriftReport(SavedReport):
         if damaged:
             return f"Damaged: {_some(damaged)} {_hold(damaged)} statistics that are not finite."
         if self.drift <= FITS:
-            return f"The stored statistics fit these images: no layer is off by more than {FITS} standard deviations."
+            return f"The stored statistics are those of such images: no layer is off by {FITS} standard deviations."
         apart = [layer for layer in self.layers.values() if layer.urgency > FITS]
-        word = "do not fit" if self.drift > FOREIGN else "drift from"
         return (
-            f"The stored statistics {word} these images: {worst.name or 'the layer'} is off by {worst.drift:.2g} "
-            f"standard deviations, {len(apart)} of {len(self.layers)} layers by more than {FITS}."
+            f"The stored statistics are not those of these images: {worst.name or 'the layer'} is off by "
+            f"{worst.drift:.2g} standard deviations, {len(apart)} of {len(self.layers)} layers by more than {FITS}."
         )
 
     def to_dict(self) -> dict[str, Any]:

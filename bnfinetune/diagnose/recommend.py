@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import dataclass
 
-from bnfinetune.diagnose.drift_report import BATCH_SIZES, CLUSTERED, FITS, FOREIGN, SOUND_NOISE, DriftReport
+from bnfinetune.diagnose.drift_report import BATCH_SIZES, CLUSTERED, SOUND_NOISE, DriftReport
+from bnfinetune.diagnose.readout import Readout
 
 TINY_SET = 100
 """Training images below which a network has too few to fit more than scales, shifts and the head."""
 
+MEASURED = 1000
+"""Training images up to which recipes were compared on photographs: docs/transfer.md."""
+
 FEW_IMAGES, ENOUGH_IMAGES = 8, 16
-"""Images per statistic below which fixed statistics win, and from which live ones do (Wu & Johnson 2021, figure 6)."""
+"""Images per statistic below which a network without statistics of its own needs fixed ones, and from which it does not
+(Wu & Johnson 2021, figure 6)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +28,9 @@ class Situation:
         batch_size: images per process and forward in training.
         ranks: processes that train together.
         training_images: size of the training set; None if unknown.
-        drift: drift of the worst layer, in standard deviations.
         smallest_sound_batch: images that a statistic needs; None if above 256.
         untrained: whether the statistics are those of construction, or damaged.
+        helped: whether the images' own statistics make the network better, beyond chance; None if nothing tells.
         sorted_batches: whether batches hold images that are like each other, as in a set sorted by class.
         labelled: whether the data has labels to train on.
     """
@@ -32,24 +38,34 @@ class Situation:
     batch_size: int
     ranks: int = 1
     training_images: int | None = None
-    drift: float = 0.0
     smallest_sound_batch: int | None = 8
     untrained: bool = False
+    helped: bool | None = None
     sorted_batches: bool = False
     labelled: bool = True
 
     @classmethod
-    def of(cls, report: DriftReport, *, batch_size: int | None = None, ranks: int = 1) -> Situation:
-        """The situation that a report describes, to be trained with another batch size or on more processes."""
+    def of(
+        cls, report: DriftReport, *, batch_size: int | None = None, ranks: int = 1, readout: Readout | None = None
+    ) -> Situation:
+        """The situation that a report describes, to be trained with another batch size or on more processes.
+
+        Args:
+            report: of `inspect_bn`.
+            batch_size: images per process and forward; by default those that were inspected.
+            ranks: processes.
+            readout: what statistics of the images are worth to a new head; without one, what they are worth to the
+                network's own tells, where it knows the classes.
+        """
         return cls(
             batch_size=batch_size or report.batch_size,
             ranks=ranks,
             training_images=report.training_images,
-            drift=report.drift,
             smallest_sound_batch=report.smallest_sound_batch,
             sorted_batches=report.clustered,
             untrained=any(layer.damaged for layer in report.layers.values()) or report.untouched,
-            labelled=report.running.loss is not None,
+            helped=_helped(report) if readout is None else readout.helps,
+            labelled=readout is not None or report.running.loss is not None,
         )
 
     @property
@@ -87,87 +103,90 @@ class Recommendation:
         )
 
 
+def _helped(report: DriftReport) -> bool | None:
+    """Whether re-estimation raises the accuracy by more than two standard errors; None where no label is known."""
+    before, after = report.running.accuracy, report.reestimated.accuracy
+    if before is None or after is None:
+        return None
+    variance = (before * (1 - before) + after * (1 - after)) / report.images
+    return after - before > 2 * math.sqrt(variance)
+
+
 def recommend(situation: Situation) -> Recommendation:
     """Chooses the shipped recipe that fits a situation.
 
-    Live statistics need images: below 8 per statistic fixed ones win, from 16 on live ones do (Wu & Johnson 2021,
-    figure 6). Fixed statistics must be the data's own, so drift asks for an estimate first. Few training images ask
-    for few parameters.
+    What a pretrained network's statistics are of is what its weights were trained with: on small sets of photographs,
+    drawings and cartoons fixed ones were ahead at batches of 2 and of 16 alike (docs/transfer.md), unless those of the
+    new images, measured, are better. A network without statistics needs images for them: fixed ones from 8 per
+    statistic down, live ones from 16 on (Wu & Johnson 2021, figure 6). Few training images ask for few parameters.
 
     Args:
         situation: what was measured and what is planned.
     """
     reasons: list[str] = []
     overrides = [f"train.batch_size={situation.batch_size}"]
-    recipe = _without_labels(situation, reasons) or _with_labels(situation, reasons, overrides)
+    if not situation.labelled:
+        reasons.append("the data has no labels, so only statistics can follow it")
+        return Recommendation("adabn", tuple(overrides), tuple(reasons), situation.ranks)
+    recipe = _with_labels(situation, reasons, overrides)
     return Recommendation(recipe, tuple(overrides), tuple(reasons), situation.ranks)
-
-
-def _without_labels(situation: Situation, reasons: list[str]) -> str | None:
-    if situation.labelled:
-        return None
-    reasons.append("the data has no labels, so only statistics can follow it")
-    return "adabn"
 
 
 def _with_labels(situation: Situation, reasons: list[str], overrides: list[str]) -> str:
     images = situation.training_images
-    foreign = situation.untrained or situation.drift > FOREIGN
-    _tell_drift(situation, reasons)
+    anew = situation.untrained or bool(situation.helped)
+    _tell_statistics(situation, reasons)
     if images is not None and images < TINY_SET:
         reasons.append(
             f"{images} training images are fewer than {TINY_SET}: scales, shifts and the head are enough to learn"
         )
-        return _few_parameters(overrides, foreign)
+        return _few_parameters(overrides, anew)
     if situation.sorted_batches:
         reasons.append(
             f"batches scatter more than {CLUSTERED} times as much as random ones, as in a set sorted by class: shuffle "
             "if that is possible; fixed statistics do not see the batch, and few parameters forget less of the classes "
             "before"
         )
-        return _few_parameters(overrides, foreign)
-    if situation.batch_size >= situation.needed:
+        return _few_parameters(overrides, anew)
+    if situation.untrained:
+        return _untrained(situation, reasons)
+    if images is not None and images > MEASURED:
         reasons.append(
-            f"{situation.batch_size} images per statistic are enough: {situation.needed} are needed for a noise of "
-            f"{SOUND_NOISE} standard deviations or less"
+            f"with more than {MEASURED} training images recipes were not compared on photographs: try recipe=full too, "
+            "and keep the better on validation"
         )
-        return "full"
-    return _small_batch(situation, reasons, foreign)
+    return "precise_then_freeze" if anew else "freeze_bn"
 
 
-def _few_parameters(overrides: list[str], foreign: bool) -> str:
+def _few_parameters(overrides: list[str], anew: bool) -> str:
     """Scales, shifts and the head, behind statistics that fit."""
-    if foreign:
-        overrides.append("recalibrate.at=[start]")
+    if anew:
+        overrides += ["recalibrate.at=[start]", "recalibrate.prior=auto"]
     return "bn_only"
 
 
-def _tell_drift(situation: Situation, reasons: list[str]) -> None:
+def _tell_statistics(situation: Situation, reasons: list[str]) -> None:
     if situation.untrained:
         reasons.append("the stored statistics are those of construction, or damaged: they must come from the data")
-    elif situation.drift > FOREIGN:
-        reasons.append(
-            f"the worst layer is off by {situation.drift:.2g} standard deviations, more than {FOREIGN}: foreign"
-        )
-    elif situation.drift > FITS:
-        reasons.append(
-            f"the worst layer is off by {situation.drift:.2g} standard deviations, which is not foreign ({FOREIGN}): "
-            "training makes up for it"
-        )
+    elif situation.helped:
+        reasons.append("statistics of these images make the network better: they are computed first, and then fixed")
+    elif situation.helped is None:
+        reasons.append("the stored statistics are what the weights were trained with, so they stay fixed")
     else:
-        reasons.append(f"the stored statistics fit: drift {situation.drift:.2g}, at most {FITS} standard deviations")
+        reasons.append("statistics of these images do not make the network better: the stored ones stay fixed")
 
 
-def _small_batch(situation: Situation, reasons: list[str], foreign: bool) -> str:
-    joined = situation.batch_size * situation.ranks
-    reasons.append(
-        f"{situation.batch_size} images per process are too few for a statistic: {situation.needed} are needed"
-    )
-    if joined >= situation.needed and situation.ranks > 1:
+def _untrained(situation: Situation, reasons: list[str]) -> str:
+    needed, joined = situation.needed, situation.batch_size * situation.ranks
+    if situation.batch_size >= needed:
+        reasons.append(
+            f"{situation.batch_size} images per statistic are enough: {needed} are needed for a noise of {SOUND_NOISE} "
+            "standard deviations or less"
+        )
+        return "full"
+    reasons.append(f"{situation.batch_size} images per process are too few for a statistic: {needed} are needed")
+    if joined >= needed:
         reasons.append(f"{situation.ranks} processes together have {joined}")
         return "sync_bn"
-    if foreign:
-        reasons.append("so the statistics are estimated anew before training and then stay fixed")
-        return "precise_then_freeze"
-    reasons.append("so the stored ones stay fixed, while weight and bias learn")
-    return "freeze_stats"
+    reasons.append("so the statistics are estimated anew before training and then stay fixed")
+    return "precise_then_freeze"

@@ -8,6 +8,7 @@ from bnfinetune.diagnose import figures
 from bnfinetune.diagnose.drift_report import BATCH_SIZES, SOUND_NOISE, DriftReport, LayerReport, Regime, remarks
 from bnfinetune.diagnose.finding import Finding
 from bnfinetune.diagnose.page import Drawing, Grid, Page, Part
+from bnfinetune.diagnose.readout import Readout
 from bnfinetune.diagnose.recommend import Recommendation
 
 _SHOWN_LAYERS = 12
@@ -19,6 +20,7 @@ def drift_page(
     title: str = "BatchNorm statistics against data",
     findings: Sequence[Finding] = (),
     recommendation: Recommendation | None = None,
+    readout: Readout | None = None,
 ) -> Page:
     """What `inspect_bn` measured, as a page.
 
@@ -27,13 +29,15 @@ def drift_page(
         title: such as the name of the checkpoint and of the data.
         findings: of `check_bn` or `watch_bn`.
         recommendation: which recipe fits.
+        readout: what statistics of the data would be worth to a new head.
 
     Example:
         >>> drift_page(bnf.inspect_bn(model, loader)).write("report.html")
     """
     advice = [] if recommendation is None else [_advice(recommendation)]
     sections = [*advice, *checks(findings), *drift_parts(report)]
-    return Page(title, report.verdict, _numbers(report), tuple(sections))
+    verdict = report.verdict if readout is None else f"{readout.verdict} {report.verdict}"
+    return Page(title, verdict, _numbers(report), tuple(sections))
 
 
 def drift_parts(report: DriftReport) -> list[Part]:
@@ -93,9 +97,9 @@ def _marks(regime: Regime) -> tuple[str, ...]:
 
 
 def _causes(report: DriftReport) -> list[Part]:
-    if not report.stages:
-        return []
-    best = max(report.stages, key=lambda name: report.stages[name])
+    best = max(report.stages, key=lambda name: report.stages[name], default="")
+    if report.stages.get(best, 0.0) <= 0:
+        return []  # none is better off with the data's statistics
     caption = (
         f"Each stage alone normalises by the data; {best or 'the model'} recovers most, {report.stages[best]:+.2f}."
     )

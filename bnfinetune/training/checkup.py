@@ -15,6 +15,7 @@ from bnfinetune.diagnose.checks import check_bn
 from bnfinetune.diagnose.drift import inspect_bn
 from bnfinetune.diagnose.drift_report import DriftReport
 from bnfinetune.diagnose.finding import Findings, render
+from bnfinetune.diagnose.readout import Readout
 from bnfinetune.diagnose.recommend import Recommendation, Situation, recommend
 from bnfinetune.diagnose.report import drift_page
 from bnfinetune.diagnose.set_up import check_set_up
@@ -26,6 +27,7 @@ from bnfinetune.training.data.from_recipe import recipe_loaders
 from bnfinetune.training.launch import start_accelerator
 from bnfinetune.training.loop.trainer import Trainer
 from bnfinetune.training.measuring.measure import Exported
+from bnfinetune.training.measuring.prior import read_out
 from bnfinetune.training.measuring.recalibrate import recalibrate
 from bnfinetune.training.network.backbone import input_config
 
@@ -78,27 +80,35 @@ class Inspection:
 
     Attributes:
         report: the measurements.
+        readout: what statistics of the images would be worth to a new head; None without labels.
         advice: which recipe fits.
         findings: pitfalls of the network as it would train.
     """
 
     report: DriftReport
+    readout: Readout | None
     advice: Recommendation
     findings: Findings
 
     def __str__(self) -> str:
         found = [str(self.findings)] if self.findings else []
-        return "\n\n".join([str(self.report), str(self.advice), *found])
+        worth = [] if self.readout is None else [self.readout.verdict]
+        return "\n\n".join([*worth, str(self.report), str(self.advice), *found])
 
     def to_dict(self) -> dict[str, Any]:
         """The report's numbers, the recommendation and the findings."""
         advice = asdict(self.advice) | {"command": self.advice.command}
-        return self.report.to_dict() | {"recommendation": advice, "findings": json.loads(render(self.findings, "json"))}
+        return self.report.to_dict() | {
+            "readout": None if self.readout is None else self.readout.to_dict(),
+            "recommendation": advice,
+            "findings": json.loads(render(self.findings, "json")),
+        }
 
     def write(self, page: Path, title: str) -> None:
         """Writes a page, and the same numbers as JSON beside it."""
         page.parent.mkdir(parents=True, exist_ok=True)
-        drift_page(self.report, title=title, findings=self.findings, recommendation=self.advice).write(page)
+        about = {"findings": self.findings, "recommendation": self.advice, "readout": self.readout}
+        drift_page(self.report, title=title, **about).write(page)  # type: ignore[arg-type]
         page.with_suffix(".json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
 
@@ -112,7 +122,8 @@ def inspect_checkpoint(
     """Measures an exported network's statistics on a data set; `bnfinetune inspect` calls this.
 
     The images are those of `data.train_split`, shuffled and prepared as for evaluation, in batches of
-    `train.batch_size`. Labels are used where the classes are the network's, and one of them is that of an image.
+    `train.batch_size`. Labels tell what statistics of these images would be worth to a new head and, where the classes
+    are the network's and an image has one, what they are worth to its own.
 
     Args:
         checkpoint: a run folder, an exported folder such as RUN/best, or any folder that timm saved.
@@ -129,15 +140,18 @@ def inspect_checkpoint(
     splits = exported.splits(overrides, any_classes=True)
     loaders = recipe_loaders(recipe, splits, input_config(model, recipe.data.image_size), accelerator)
     try:
-        batches = _batches(loaders.stats, images, recipe.train.batch_size, labelled=exported.knows(splits))
+        batches = _batches(loaders.stats, images, recipe.train.batch_size)
     finally:
         loaders.close()
-    report = inspect_bn(model, batches, images=images, training_images=loaders.stats.images)
-    advice = recommend(Situation.of(report, ranks=accelerator.num_processes))
+    readout = read_out(model, batches, accelerator) if _has_classes(batches) else None
+    known = batches if exported.knows(splits) else [pictures for pictures, _ in batches]
+    report = inspect_bn(model, known, images=images, training_images=loaders.stats.images)
+    advice = recommend(Situation.of(report, ranks=accelerator.num_processes, readout=readout))
     findings = check_bn(
         model.train(), batch_size=recipe.train.batch_size, grad_accum=recipe.train.grad_accum, ignore=["BN108"]
     )
-    found = Inspection(report, replace(advice, overrides=(*advice.overrides, *_to_go_on(folder, recipe))), findings)
+    advice = replace(advice, overrides=(*advice.overrides, *_to_go_on(folder, recipe)))
+    found = Inspection(report, readout, advice, findings)
     if page is not None and accelerator.is_main_process:
         found.write(Path(page), f"{folder}: statistics against {recipe.data.source}")
     return found
@@ -156,15 +170,13 @@ def _to_go_on(folder: Path, recipe: Recipe) -> list[str]:
         "image_column",
         "label_column",
     )
-    kept = ["model.name", "data.image_size", *(f"data.{key}" for key in data)]
+    kept = ["data.image_size", *(f"data.{key}" for key in data)]
     differing = diff_recipes(load_recipe({}), recipe)
-    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
-    weights = [f"model.checkpoint={path}" for path in files[:1]]
-    return weights + [f"{key}={differing[key][1]}" for key in kept if key in differing]
+    return [f"model.name=local-dir:{folder}", *(f"{key}={differing[key][1]}" for key in kept if key in differing)]
 
 
-def _batches(loader: object, images: int, size: int, *, labelled: bool) -> list[Tensor | tuple[Tensor, Tensor]]:
-    """The first images of a loader, with labels if asked for, in batches of another size."""
+def _batches(loader: object, images: int, size: int) -> list[tuple[Tensor, Tensor]]:
+    """The first images of a loader with their labels, in batches of another size."""
     pictures: list[Tensor] = []
     labels: list[Tensor] = []
     for found, marks, *_ in loader:  # type: ignore[attr-defined]
@@ -174,4 +186,10 @@ def _batches(loader: object, images: int, size: int, *, labelled: bool) -> list[
             break
     parts = torch.cat(pictures)[:images].split(size)
     marks = torch.cat(labels)[:images].split(size)
-    return list(zip(parts, marks, strict=True)) if labelled else list(parts)
+    return list(zip(parts, marks, strict=True))
+
+
+def _has_classes(batches: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Whether the images are of more classes than one."""
+    labels = torch.cat([marks for _, marks in batches])
+    return bool((labels != labels[0]).any())

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from bnfinetune.bn import choose_prior, precise_bn
 from bnfinetune.bn.adapt import adapt_model
 from bnfinetune.bn.statistics.shrinkage import prior_of
-from bnfinetune.training.measuring.ridge import leave_one_out_error
+from bnfinetune.training.measuring.ridge import leave_one_out
 from tests.bench.pages import DOCS, put_table
 from tests.bench.results import FOLDER, record, recorded
 from tests.bench.transfer.backbones import BACKBONES, backbone_folder
@@ -80,7 +80,7 @@ def _measure_probe(model: Any, name: str, task: Path) -> None:
     chosen = copy.deepcopy(model)
     targets = nn.functional.one_hot(labels)
     choice = choose_prior(
-        chosen, batches, lambda: -leave_one_out_error(torch.from_numpy(_features(chosen, images)), targets)
+        chosen, batches, lambda: -leave_one_out(torch.from_numpy(_features(chosen, images)), targets).error
     )
     found[CHOSEN] = _fit(chosen, images, labels).score(_features(chosen, held_out), truth)
     record(BENCH, key, {"top1": _percent(found), "share": choice.share})

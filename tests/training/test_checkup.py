@@ -2,17 +2,21 @@
 
 import json
 import shlex
-from pathlib import Path
 
 import pytest
 import timm
+import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 
 import bnfinetune as bnf
 import bnfinetune.demo
+from bnfinetune.cli import main
+from bnfinetune.demo import load_characters
 from bnfinetune.diagnose.set_up import check_set_up
 from bnfinetune.recipe_files import load_recipe, shipped_recipes
 from bnfinetune.training.checkup import _dry_trainer, check_recipe, inspect_checkpoint
+from bnfinetune.training.measuring.prior import read_out
 from tests.diagnose.support import codes, the
 from tests.training.support import write_images
 
@@ -105,8 +109,7 @@ def test_inspecting_a_checkpoint(tmp_path):
     words = shlex.split(found.advice.command)
     assert words[:3] == ["python", "-m", "bnfinetune"]
     recipe = load_recipe(words[3].removeprefix("recipe="), words[4:])  # every word is a key
-    assert recipe.model.checkpoint is not None
-    assert Path(recipe.model.checkpoint).parent == tmp_path / "exported"
+    assert recipe.model.name == f"local-dir:{tmp_path / 'exported'}"
 
 
 def test_an_inspection_goes_on_with_the_same_data_and_tells_of_pitfalls(tmp_path):
@@ -118,5 +121,46 @@ def test_an_inspection_goes_on_with_the_same_data_and_tells_of_pitfalls(tmp_path
     words = shlex.split(found.advice.command)
     recipe = load_recipe(words[3].removeprefix("recipe="), words[4:])
     assert (recipe.data.source, recipe.data.image_size) == (str(folder), 32)
+    assert recipe.model.name == f"local-dir:{tmp_path / 'exported'}"
     assert "BN206" in codes(found.findings)
     assert found.report.running.accuracy is None  # the network tells no names of classes
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0"])
+def test_the_recommended_command_runs_as_printed(name, tmp_path, monkeypatch, capsys):
+    """From a folder that timm has saved, of other classes, and from a run of ours."""
+    folder = write_images(tmp_path / "some images")
+    torch.manual_seed(0)
+    timm.models.save_for_hf(timm.create_model(name, num_classes=10), tmp_path / "exported")
+    data = [f"data.source={folder}", "data.image_size=32", "train.batch_size=4"]
+    monkeypatch.chdir(tmp_path)
+    for number, checkpoint in enumerate(("exported", "run0")):
+        words = [] if number else data
+        capsys.readouterr()
+        assert main(["inspect", f"checkpoint={checkpoint}", "images=12", *words]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith("Statistics of these images ")
+        assert "a linear readout of the features has" in said
+        command = shlex.split(next(line for line in said.splitlines() if line.startswith("python -m bnfinetune")))
+        assert main([*command[3:], "train.epochs=1", f"run.dir=run{number}"]) == 0
+
+
+def test_a_readout_finds_what_statistics_are_worth(tmp_path):
+    """Statistics that hide the classes, those of the images, and a network as it was."""
+    model = timm.create_model("bnf_resnet", pretrained=True).eval()
+    split = load_characters(train=256, validation=1)["train"].with_format("torch")
+    images = torch.stack([image.float() for image in split["image"]]) / 255 * 2 - 1
+    batches = list(zip(images.split(64), torch.as_tensor(split["label"][:]).split(64), strict=True))
+    accelerator = Accelerator(cpu=True)
+    sound = read_out(model, batches, accelerator)
+    assert sound.images == 256
+    assert not sound.helps
+    for layer in bnf.find_bn_layers(model).values():
+        layer.running_mean += 3 * layer.running_var.sqrt()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    hidden = read_out(model, batches, accelerator)
+    assert hidden.helps
+    assert hidden.best > 0.9
+    assert hidden.scores[1.0] == pytest.approx(sound.scores[1.0], abs=0.05)
+    assert "Statistics of these images help, best re-estimated" in hidden.verdict
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

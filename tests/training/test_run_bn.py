@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,12 +101,12 @@ def test_statistics_at_the_end_are_those_of_the_training_images(images, tmp_path
     assert result.after["validation"].images == 9
 
 
-def training_images(images, model):
+def training_images(images, model, size=32):
     """The oracle's own preprocessing: timm's, file by file."""
     from PIL import Image
     from timm.data import create_transform, resolve_data_config
 
-    config = resolve_data_config({}, model=model) | {"input_size": (3, 32, 32)}
+    config = resolve_data_config({}, model=model) | {"input_size": (3, size, size)}
     transform = create_transform(**config, is_training=False)
     return [(str(path), transform(Image.open(path))) for path in (images / "train").rglob("*.png")]
 
@@ -307,22 +306,7 @@ def test_the_last_layer_and_the_head_are_tuned_at_another_size(name, images, tmp
     inputs = []
     oracle.get_submodule(last).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with torch.no_grad():
-        oracle(training_images(result.recipe))
+        oracle(torch.stack([image for _, image in training_images(images, oracle, 48)]))
     x = inputs[0].double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(state[f"{last}.running_mean"].double(), x.mean(1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state[f"{last}.running_var"].double(), x.var(1, correction=0), rtol=1e-4, atol=1e-5)
-
-
-def training_images(recipe) -> torch.Tensor:
-    """All training images, prepared as those that are tested, at the recipe's size."""
-    from accelerate import Accelerator
-
-    from bnfinetune.training.data.from_recipe import recipe_loaders, recipe_splits
-    from bnfinetune.training.measuring.measure import load_exported as load
-    from bnfinetune.training.network.backbone import input_config
-
-    accelerator = Accelerator(cpu=True)
-    splits = recipe_splits(recipe, accelerator)
-    model = load_exported(Path(recipe.model.name.removeprefix("local-dir:")))
-    loaders = recipe_loaders(recipe, splits, input_config(model, recipe.data.image_size), accelerator)
-    return torch.cat([batch[0] for batch in loaders.stats])

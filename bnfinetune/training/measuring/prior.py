@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,12 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from bnfinetune.bn.adapt.certainty import InformationGain
+from bnfinetune.bn.put_back import kept_buffers
 from bnfinetune.bn.statistics.prior_search import choose_prior
 from bnfinetune.bn.statistics.report import PreciseBNReport
+from bnfinetune.diagnose.readout import Readout
 from bnfinetune.training.launch import on_main
-from bnfinetune.training.measuring.ridge import leave_one_out_error
+from bnfinetune.training.measuring.ridge import leave_one_out
 
 Judge = Literal["features", "labels", "certainty"]
 """By what a network is judged: how well its features tell the classes apart, for heads that have learned nothing yet;
@@ -50,12 +53,68 @@ def recalibrate_by_choice(
     }
 
     def score() -> float:
-        with torch.no_grad():
-            mine = [(outputs(model, images).float().cpu(), labels.cpu()) for images, labels in batches]
-        every = gather_object(mine)
-        return on_main(accelerator, lambda: scores[judge](*map(torch.cat, zip(*every, strict=True))))
+        found = _of_all_ranks(outputs, model, batches, accelerator)
+        return on_main(accelerator, lambda: scores[judge](*found))
 
     return choose_prior(model, [images for images, _ in batches], score, **selection).report
+
+
+READ_AT: Final = (0.25, 0.5, 1.0)
+"""Weights of the images' own statistics that a readout is made under, beside 0."""
+
+
+def read_out(model: Any, batches: Sequence[tuple[Tensor, Tensor]], accelerator: Accelerator) -> Readout:
+    """Measures what statistics of these images would be worth to a new head; the model is left as it was.
+
+    Args:
+        model: The bare network.
+        batches: Images (B, C, H, W) and labels (B,) or (B, classes) of this rank.
+        accelerator: Its ranks.
+
+    Raises:
+        StatisticsError: A pass failed.
+    """
+    made: list[Tensor] = []  # right or not, by image
+
+    def score() -> float:
+        features, labels = _of_all_ranks(_features, model, batches, accelerator)
+        found = leave_one_out(features, _targets(labels))
+        made.append(_right(found.predictions, labels))
+        return -found.error
+
+    put_back = kept_buffers(model)
+    try:
+        choice = choose_prior(model, [images for images, _ in batches], score, shares=READ_AT, include_frozen=True)
+    finally:
+        put_back()
+    right = dict(zip(choice.scores, made, strict=True))
+    apart = right[choice.share] - right[0.0]
+    doubt = float(apart.std() / len(apart) ** 0.5) if len(apart) > 1 else math.inf
+    scores = {share: float(each.mean()) for share, each in right.items()}
+    return Readout(len(apart), scores, choice.share, float(apart.mean()), doubt)
+
+
+def _right(predictions: Tensor, labels: Tensor) -> Tensor:
+    """(N,): 1 where the class is right; of several labels, the explained share of each image's part of the variance."""
+    if labels.ndim == 1:
+        return (predictions.argmax(1) == labels).double()
+    centred = (labels.double() - labels.double().mean(0)).square().sum(1)
+    return 1 - (labels - predictions).square().sum(1) / centred.mean()
+
+
+def _of_all_ranks(
+    outputs: Callable[[Any, Tensor], Tensor],
+    model: Any,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    accelerator: Accelerator,
+) -> tuple[Tensor, Tensor]:
+    """Outputs and labels of the images of all ranks, on the CPU."""
+    with torch.no_grad():
+        mine = [
+            (outputs(model, images.to(accelerator.device)).float().cpu(), labels.cpu()) for images, labels in batches
+        ]
+    found, labels = map(torch.cat, zip(*gather_object(mine), strict=True))
+    return found, labels
 
 
 def _logits(model: Any, images: Tensor) -> Tensor:
@@ -70,8 +129,11 @@ def _features(model: Any, images: Tensor) -> Tensor:
 
 
 def _separation(features: Tensor, labels: Tensor) -> float:
-    targets = labels if labels.ndim == 2 else F.one_hot(labels)
-    return -leave_one_out_error(features, targets)
+    return -leave_one_out(features, _targets(labels)).error
+
+
+def _targets(labels: Tensor) -> Tensor:
+    return labels if labels.ndim == 2 else F.one_hot(labels)
 
 
 def _likelihood(logits: Tensor, labels: Tensor) -> float:

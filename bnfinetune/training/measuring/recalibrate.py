@@ -56,7 +56,13 @@ def recalibrate(
     """
     section, name, number = recipe.recalibrate, recipe.evaluated_domain, recipe.evaluated_domain_number
     loader = _loader(loaders, section)
-    options = {"layers": section.layers, **selection, "variance": section.variance, "tolerance": section.tolerance, "include_frozen": True}
+    options = {
+        "layers": section.layers,
+        **selection,
+        "variance": section.variance,
+        "tolerance": section.tolerance,
+        "include_frozen": True,
+    }
     with accelerator.autocast(), nullcontext() if name is None or exported else domain(model, name):
         if section.prior == "auto":
             share = -(-(section.samples or CHOICE) // accelerator.num_processes)

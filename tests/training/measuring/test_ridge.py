@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import Ridge
 
-from bnfinetune.training.measuring.ridge import leave_one_out_error
+from bnfinetune.training.measuring.ridge import leave_one_out
 
 
 @pytest.mark.parametrize(("images", "width"), [(12, 5), (12, 40)])
@@ -24,13 +24,14 @@ def test_equals_one_fit_for_every_image(images, width):
             fit = Ridge(alpha=strength).fit(x[others], y[others])
             left.append(y[out] - fit.predict(x[out : out + 1])[0])
         expected = np.square(left).mean() / np.square(y).mean()
-        found = leave_one_out_error(torch.from_numpy(features), labels, [strength])
-        assert found == pytest.approx(expected, rel=1e-6)
+        found = leave_one_out(torch.from_numpy(features), labels, [strength])
+        assert found.error == pytest.approx(expected, rel=1e-6)
+        np.testing.assert_allclose(found.predictions, labels.numpy() - np.array(left), rtol=1e-6)
 
 
 def test_tells_features_that_know_the_classes_from_those_that_do_not():
     generator = torch.Generator().manual_seed(0)
     labels = F.one_hot(torch.arange(60) % 4)
     noise = torch.randn(60, 20, generator=generator)
-    assert leave_one_out_error(noise, labels) > 0.9
-    assert leave_one_out_error(torch.cat([noise, 5.0 * labels], 1), labels) < 0.2
+    assert leave_one_out(noise, labels).error > 0.9
+    assert leave_one_out(torch.cat([noise, 5.0 * labels], 1), labels).error < 0.2

@@ -1,0 +1,47 @@
+"""What statistics of new images would be worth to a new head, measured on the images."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Readout(NamedTuple):
+    """How well features tell the classes apart, each image predicted by ridge regression on all others.
+
+    Attributes:
+        images: how many.
+        scores: by the weight of the images' own statistics (0 the stored ones, 1 re-estimated, between them mixtures):
+            the share of images whose class is right; of several labels per image, the explained share of the variance.
+        best: the weight whose error is the least.
+        gain: its score above that of the stored statistics.
+        doubt: standard error of the gain, paired over images.
+    """
+
+    images: int
+    scores: dict[float, float]
+    best: float
+    gain: float
+    doubt: float
+
+    @property
+    def helps(self) -> bool:
+        """Whether the images' own statistics are better by more than chance: two standard errors."""
+        return self.gain > 2 * self.doubt
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: whether to compute statistics anew."""
+        numbers = ", ".join(f"{score:.1%} {_named(share)}" for share, score in self.scores.items())
+        found = f"a linear readout of the features has {numbers} ({self.images} images, each predicted by the others)."
+        if not self.helps:
+            return f"Statistics of these images would not help: {found}"
+        return f"Statistics of these images help, best {_named(self.best)}: {found}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers; weights as strings."""
+        scores = {f"{share:g}": score for share, score in self.scores.items()}
+        return self._asdict() | {"scores": scores, "helps": self.helps}
+
+
+def _named(share: float) -> str:
+    return {0.0: "as stored", 1.0: "re-estimated"}.get(share, f"with {share:.0%} of theirs")
