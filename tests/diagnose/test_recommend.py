@@ -1,4 +1,4 @@
-"""Recommendations for planted situations; docs/checks/recommendations.md judges them by running the candidates."""
+"""Recommendations for planted situations; what they rest on is measured in docs/transfer.md."""
 
 from dataclasses import replace
 

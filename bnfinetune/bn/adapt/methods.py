@@ -45,6 +45,7 @@ def adapt_model(
     *,
     num_samples: int | None = None,
     prior: float | Literal["auto"] = "auto",
+    several: bool = False,
     mix_prior: float = 16.0,
     lr: float = 1e-3,
     passes: int = 1,
@@ -60,6 +61,7 @@ def adapt_model(
         num_samples: for adabn, how many samples to use; by default all, under `prior="auto"` at most 512, which are
             kept in memory.
         prior: for adabn, N in samples for which the stored statistics count, or auto.
+        several: for adabn with `prior="auto"`, whether an image may be of several classes, each with a score of its own.
         mix_prior: for mix, N in samples; for tent, N of batches too small to adapt to.
         lr: for tent, the learning rate.
         passes: for tent, how often it may see each sample: it adapts on `passes - 1` passes over `data` here and during
@@ -89,20 +91,20 @@ def adapt_model(
     adapted = bare_copy(model)
     if method == "adabn":
         switch_where(adapted, lambda layer: population_of(layer).stats, eval_stats="running")
-        _take_statistics(adapted, cast(Iterable[Any], data), num_samples, prior)
+        _take_statistics(adapted, cast(Iterable[Any], data), num_samples, prior, several)
     else:
         apply_policy(adapted, BNPolicy(eval_stats="mix", mix_prior=mix_prior))
     return adapted
 
 
 def _take_statistics(
-    model: nn.Module, data: Iterable[Any], num_samples: int | None, prior: float | Literal["auto"]
+    model: nn.Module, data: Iterable[Any], num_samples: int | None, prior: float | Literal["auto"], several: bool
 ) -> None:
     if prior != "auto":
         precise_bn(model, data, num_samples=num_samples, prior=prior, include_frozen=True)
         return
     device, batches = device_of(model), list(first_batches(data, num_samples or CHOICE))
-    gain = InformationGain()
+    gain = InformationGain(several=several)
 
     def information() -> float:
         logits = []

@@ -194,6 +194,7 @@ def adapted(model: nn.Module, recipe: Recipe, target: ImageLoader) -> nn.Module:
         section.adapt,
         images,
         num_samples=section.adapt_samples,
+        several=recipe.is_multilabel,
         mix_prior=section.adapt_prior,
         lr=section.adapt_lr,
     )

@@ -93,6 +93,15 @@ def test_adabn_by_choice_needs_logits_and_takes_those_of_many_labels_and_pixels(
 
 
 @pytest.mark.parametrize("several", [False, True])
+def test_adabn_by_choice_judges_as_many_labels_as_there_are(several, monkeypatch):
+    asked = []
+    judge = InformationGain.__call__
+    monkeypatch.setattr(InformationGain, "__call__", lambda self, x: asked.append(self.several) or judge(self, x))
+    adapt_model(classifier(), "adabn", [shifted()], several=several)
+    assert set(asked) == {several}
+
+
+@pytest.mark.parametrize("several", [False, True])
 def test_mutual_information_equals_scipys_entropies(several):
     logits = 3 * torch.randn(40, 5, generator=torch.Generator().manual_seed(0)) + torch.arange(5)
     found = mutual_information(logits, several=several)
