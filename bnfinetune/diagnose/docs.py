@@ -45,8 +45,8 @@ On the command line: `bnfinetune check recipe=full train.batch_size=2`.
 
 What the statistics are worth on given data is measured by `bnf.inspect_bn(model, data)` and
 `bnfinetune inspect checkpoint=FOLDER page=report.html`, which writes a page like this one, here with a planted shift in
-`layer2.0.bn1`. What its recommendations rest on is measured on [photographs, drawings and cartoons](../transfer.md); what all
-of this costs is [measured](cost.md) too.
+`layer2.0.bn1`. What its recommendations rest on is measured on
+[photographs, drawings and cartoons](../transfer.md); what all of this [costs](cost.md) is measured too.
 
 ![The report: verdict, recommendation, checks, before and after re-estimation, causes, layers and channels](report.png)
 
