@@ -61,7 +61,7 @@ def adapt_model(
         num_samples: for adabn, how many samples to use; by default all, under `prior="auto"` at most 512, which are
             kept in memory.
         prior: for adabn, N in samples for which the stored statistics count, or auto.
-        several: for adabn with `prior="auto"`, whether an image may be of several classes, each a prediction of its own.
+        several: for adabn with `prior="auto"`, whether an image may be of several classes, each with its own score.
         mix_prior: for mix, N in samples; for tent, N of batches too small to adapt to.
         lr: for tent, the learning rate.
         passes: for tent, how often it may see each sample: it adapts on `passes - 1` passes over `data` here and during
