@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bnfinetune.bn.statistics.precise import precise_bn
     from bnfinetune.bn.statistics.prior_search import choose_prior
     from bnfinetune.bn.statistics.ranks import merge_running_stats
+    from bnfinetune.comparison.race import compare
     from bnfinetune.diagnose.checks import check_bn
     from bnfinetune.diagnose.drift import inspect_bn
     from bnfinetune.diagnose.watch import watch_bn
@@ -45,6 +46,7 @@ __all__ = [
     "average_networks",
     "check_bn",
     "choose_prior",
+    "compare",
     "convert_frozen_bn",
     "convert_group_norm",
     "convert_sync_bn",
@@ -87,6 +89,7 @@ _HOMES = {
     "average_networks": "bnfinetune.bn.average",
     "check_bn": "bnfinetune.diagnose.checks",
     "choose_prior": "bnfinetune.bn.statistics.prior_search",
+    "compare": "bnfinetune.comparison.race",
     "convert_frozen_bn": "bnfinetune.bn.convert.frozen_batch_norm",
     "convert_group_norm": "bnfinetune.bn.convert.group_norm",
     "convert_sync_bn": "bnfinetune.bn.policy.sync",

@@ -262,6 +262,56 @@ def average(arguments: Arguments) -> None:
     print(f"average of {', '.join(averaged.taken)}, {averaged.statistics}, written to {out}")
 
 
+@verb(
+    "recipe='[NAME, NAME, ...]' [seeds=3] [out=FOLDER] [key=value|key='[value, value]' ...] | RUN RUN ...",
+    overrides=True,
+    paths=True,
+    recipe="recipes to compare, as a list; a key= behind it may have a list of values too, and cells are the product",
+    cells="or a YAML file that names cells: NAME: {recipe: freeze_bn, optim.lr: 1e-4}",
+    seeds="seeds of each cell (default 3)",
+    out="the folder of the comparison (default runs/comparison); the same command goes on with it",
+    jobs="runs at a time, each in a process with a device of its own (default 1)",
+    race="on (default): cells that are surely behind leave after two seeds or more; off: all runs are made",
+    minutes="training time after which no new round of seeds begins",
+    format="table (default) or json",
+)
+def compare(arguments: Arguments) -> None:
+    """Compare recipes on your own images, over seeds, paired by image, with intervals; or compare finished runs.
+
+    Every cell and seed is an ordinary run. Validation chooses; the command of the best is printed at the end.
+
+    Examples:
+      bnfinetune compare recipe='[freeze_bn, full, lp_ft]' data.source=path/to/images
+      bnfinetune compare recipe=freeze_bn optim.lr='[1e-4, 3e-4, 1e-3]' seeds=2 out=runs/rates
+      bnfinetune compare runs/freeze_bn runs/full
+    """
+    from bnfinetune.comparison.cells import cells_in, cells_of
+
+    form, race = arguments.choose("format", "table", "json"), arguments.choose("race", "on", "off") == "on"
+    seeds, jobs = (_whole(arguments, name, default=number, least=1) for name, number in (("seeds", 3), ("jobs", 1)))
+    minutes = _whole(arguments, "minutes", default=0, least=1) if "minutes" in arguments.options else None
+    out, files = arguments.options.get("out", "runs/comparison"), arguments.options.get("cells")
+    say = print if form == "table" else _to_stderr
+    if arguments.paths:
+        from bnfinetune.comparison.race import compare_runs
+
+        found = compare_runs(arguments.paths)
+    else:
+        wanted = "write recipe='[freeze_bn, full]', cells=FILE.yaml, or the folders of finished runs"
+        cells = (
+            cells_in(files, arguments.overrides)
+            if files
+            else cells_of(arguments.need("recipe", wanted), arguments.overrides)
+        )
+        for source in dict.fromkeys(cell.recipe.data.source for cell in cells):
+            _answer_at_once(check_source, source)
+
+        from bnfinetune.comparison.race import compare as run_cells
+
+        found = run_cells(cells, seeds=seeds, out=out, jobs=jobs, race=race, minutes=minutes, say=say)
+    print(json.dumps(found.to_dict(), indent=2) if form == "json" else found)
+
+
 @verb("")
 def recipes(arguments: Arguments) -> None:
     """List the shipped recipes and what each is for."""
@@ -319,6 +369,10 @@ def _answer_at_once(check: Callable[[str], None], path: str) -> None:
     """Checks a path before torch is imported; several processes tell each other of it once they have met."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         check(path)
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _whole(arguments: Arguments, option: str, *, default: int, least: int) -> int:

@@ -14,11 +14,12 @@ ROOMS = (
     "bn.class_change bn.class_probe bn.functional bn.layers bn.population bn.put_back bn.saved_report",
     "bn.policy",
     "bn.statistics bn.folding",
-    "bn.absorb bn.adapt bn.convert",
+    "bn.absorb bn.adapt bn.average bn.convert",
     "bn",
     "recipe recipe_files recipe_keys recipe_mistakes recipe_text demo",
     "diagnose",
     "training",
+    "comparison",
     "cli cli_help cli_verbs __main__",
     "__init__",
 )

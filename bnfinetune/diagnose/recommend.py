@@ -15,6 +15,10 @@ TINY_SET = 100
 MEASURED = 1000
 """Training images up to which recipes were compared on photographs: docs/transfer.md."""
 
+RUINED = 0.2
+"""Share of images that statistics of their own must put right for the stored ones to be called ruined. Where those of
+another domain were worth half of that to a readout, fine-tuning did without them as well (docs/transfer.md)."""
+
 FEW_IMAGES, ENOUGH_IMAGES = 8, 16
 """Images per statistic below which a network without statistics of its own needs fixed ones, and from which it does not
 (Wu & Johnson 2021, figure 6)."""
@@ -30,7 +34,7 @@ class Situation:
         training_images: size of the training set; None if unknown.
         smallest_sound_batch: images that a statistic needs; None if above 256.
         untrained: whether the statistics are those of construction, or damaged.
-        helped: whether the images' own statistics make the network better, beyond chance; None if nothing tells.
+        ruined: whether the images' own statistics put so much right that the stored ones cannot belong to the weights.
         sorted_batches: whether batches hold images that are like each other, as in a set sorted by class.
         labelled: whether the data has labels to train on.
     """
@@ -40,7 +44,7 @@ class Situation:
     training_images: int | None = None
     smallest_sound_batch: int | None = 8
     untrained: bool = False
-    helped: bool | None = None
+    ruined: bool = False
     sorted_batches: bool = False
     labelled: bool = True
 
@@ -64,7 +68,7 @@ class Situation:
             smallest_sound_batch=report.smallest_sound_batch,
             sorted_batches=report.clustered,
             untrained=any(layer.damaged for layer in report.layers.values()) or report.untouched,
-            helped=_helped(report) if readout is None else readout.helps,
+            ruined=_ruined(report) if readout is None else readout.helps and readout.gain > RUINED,
             labelled=readout is not None or report.running.loss is not None,
         )
 
@@ -103,22 +107,23 @@ class Recommendation:
         )
 
 
-def _helped(report: DriftReport) -> bool | None:
-    """Whether re-estimation raises the accuracy by more than two standard errors; None where no label is known."""
+def _ruined(report: DriftReport) -> bool:
+    """Whether re-estimation raises the accuracy by more than `RUINED` and two standard errors; not without labels."""
     before, after = report.running.accuracy, report.reestimated.accuracy
     if before is None or after is None:
-        return None
+        return False
     variance = (before * (1 - before) + after * (1 - after)) / report.images
-    return after - before > 2 * math.sqrt(variance)
+    return after - before > max(RUINED, 2 * math.sqrt(variance))
 
 
 def recommend(situation: Situation) -> Recommendation:
     """Chooses the shipped recipe that fits a situation.
 
-    What a pretrained network's statistics are of is what its weights were trained with: on small sets of photographs,
-    drawings and cartoons fixed ones were ahead at batches of 2 and of 16 alike (docs/transfer.md), unless those of the
-    new images, measured, are better. A network without statistics needs images for them: fixed ones from 8 per
-    statistic down, live ones from 16 on (Wu & Johnson 2021, figure 6). Few training images ask for few parameters.
+    A pretrained network's weights were trained with its statistics: on small sets of photographs, drawings and cartoons
+    fixed ones were ahead at batches of 2 and of 16 alike (docs/transfer.md), also where statistics of the images were
+    worth more to a readout. Ruined ones come from the data first. A network without statistics needs images for them:
+    fixed ones from 8 per statistic down, live ones from 16 on (Wu & Johnson 2021, figure 6). Few training images ask
+    for few parameters.
 
     Args:
         situation: what was measured and what is planned.
@@ -134,7 +139,7 @@ def recommend(situation: Situation) -> Recommendation:
 
 def _with_labels(situation: Situation, reasons: list[str], overrides: list[str]) -> str:
     images = situation.training_images
-    anew = situation.untrained or bool(situation.helped)
+    anew = situation.untrained or situation.ruined
     _tell_statistics(situation, reasons)
     if images is not None and images < TINY_SET:
         reasons.append(
@@ -168,12 +173,13 @@ def _few_parameters(overrides: list[str], anew: bool) -> str:
 def _tell_statistics(situation: Situation, reasons: list[str]) -> None:
     if situation.untrained:
         reasons.append("the stored statistics are those of construction, or damaged: they must come from the data")
-    elif situation.helped:
-        reasons.append("statistics of these images make the network better: they are computed first, and then fixed")
-    elif situation.helped is None:
-        reasons.append("the stored statistics are what the weights were trained with, so they stay fixed")
+    elif situation.ruined:
+        reasons.append(
+            f"statistics of these images put more than {RUINED:.0%} of them right: those that are stored cannot belong "
+            "to the weights, and are computed anew first"
+        )
     else:
-        reasons.append("statistics of these images do not make the network better: the stored ones stay fixed")
+        reasons.append("the stored statistics are what the weights were trained with, so they stay fixed")
 
 
 def _untrained(situation: Situation, reasons: list[str]) -> str:

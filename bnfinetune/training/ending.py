@@ -14,6 +14,7 @@ from bnfinetune.training.launch import on_main
 from bnfinetune.training.measuring.measurer import Measurer
 from bnfinetune.training.measuring.metrics import Metrics
 from bnfinetune.training.measuring.mistakes import Mistakes
+from bnfinetune.training.measuring.outcomes import Outcomes
 from bnfinetune.training.record import Record
 from bnfinetune.training.reporting.lines import told
 from bnfinetune.training.saving.atomic import complete_folder
@@ -30,6 +31,7 @@ class Best(NamedTuple):
         mistakes: The worst on the last split; None where `run.report` is off.
         drift: Its statistics against images; None without BN.
         drift_at_start: What `DriftMeter.read` gave before training.
+        outcomes: What becomes of every image, by split.
     """
 
     network: nn.Module
@@ -37,6 +39,7 @@ class Best(NamedTuple):
     mistakes: Mistakes | None
     drift: DriftReport | None
     drift_at_start: Mapping[str, float]
+    outcomes: Mapping[str, Outcomes]
 
 
 def measure_best(
@@ -65,6 +68,6 @@ def measure_best(
         if trainer.accelerator.is_main_process:
             setup.export(network, folder, record.statistics, cuts)
     mistakes = Mistakes() if recipe.run.report else None
-    after = measurer.measure_all(network, mistakes, final=True)
+    after, outcomes = measurer.measure_final(network, mistakes)
     drift = measurer.report_drift(network) if mistakes is not None else None
-    return Best(network, after, mistakes, drift, measurer.drift_at_start)
+    return Best(network, after, mistakes, drift, measurer.drift_at_start, outcomes)

@@ -121,7 +121,7 @@ class Pauses:
         run, now = self.trainer.recipe.run, time.monotonic()
         if not (run.report and self.accelerator.is_main_process) or now - self.page_at < run.log_every:
             return
-        so_far = Best(network, {"validation": metrics}, None, None, self.measurer.drift_at_start)
+        so_far = Best(network, {"validation": metrics}, None, None, self.measurer.drift_at_start, {})
         with in_words(f"the report in {self.folder.path}"):
             write_page(self.setup, self.folder, self.record, so_far, self.findings)
         self.page_at = time.monotonic()

@@ -13,14 +13,13 @@ from bnfinetune.diagnose.recommend import Situation, recommend
 from bnfinetune.recipe_files import load_recipe, shipped_recipes
 
 SITUATIONS = {
-    "stored statistics are better": (Situation(batch_size=32, training_images=500, helped=False), "freeze_bn"),
-    "nothing tells of statistics": (Situation(batch_size=32, training_images=500), "freeze_bn"),
-    "tiny batch": (Situation(batch_size=2, training_images=500, helped=False), "freeze_bn"),
-    "the images' statistics are better": (
-        Situation(batch_size=2, training_images=500, helped=True),
+    "pretrained": (Situation(batch_size=32, training_images=500), "freeze_bn"),
+    "tiny batch": (Situation(batch_size=2, training_images=500), "freeze_bn"),
+    "ruined statistics": (
+        Situation(batch_size=2, training_images=500, ruined=True),
         "precise_then_freeze",
     ),
-    "many images": (Situation(batch_size=32, training_images=50_000, helped=False), "freeze_bn"),
+    "many images": (Situation(batch_size=32, training_images=50_000), "freeze_bn"),
     "untrained, large batch": (Situation(batch_size=32, training_images=5000, untrained=True), "full"),
     "untrained, tiny batch": (Situation(batch_size=2, training_images=5000, untrained=True), "precise_then_freeze"),
     "untrained, on many processes": (
@@ -53,20 +52,22 @@ def test_what_fits(name):
 
 
 @pytest.mark.parametrize("why", [{"training_images": 50}, {"training_images": 5000, "sorted_batches": True}])
-def test_where_few_parameters_train_statistics_come_first_if_they_help(why):
-    assert "recalibrate.at=[start]" in recommend(Situation(batch_size=16, helped=True, **why)).overrides
-    assert "recalibrate.at=[start]" not in recommend(Situation(batch_size=16, helped=False, **why)).overrides
+def test_where_few_parameters_train_ruined_statistics_are_mended_first(why):
+    assert "recalibrate.at=[start]" in recommend(Situation(batch_size=16, ruined=True, **why)).overrides
+    assert "recalibrate.at=[start]" not in recommend(Situation(batch_size=16, **why)).overrides
 
 
 def test_what_was_measured_decides(character_report):
     """Labels of the network's own classes tell, a readout before them."""
-    assert Situation.of(character_report).helped is False
-    better = Readout(256, {0.0: 0.5, 1.0: 0.7}, 1.0, 0.2, 0.03)
-    assert Situation.of(character_report, readout=better).helped is True
-    chance = Readout(256, {0.0: 0.5, 1.0: 0.53}, 1.0, 0.03, 0.02)
-    assert Situation.of(character_report, readout=chance).helped is False
+    assert not Situation.of(character_report).ruined
+    ruined = Readout(256, {0.0: 0.3, 1.0: 0.7}, 1.0, 0.4, 0.03)
+    assert Situation.of(character_report, readout=ruined).ruined
+    foreign = Readout(256, {0.0: 0.7, 0.25: 0.8}, 0.25, 0.1, 0.02)
+    assert not Situation.of(character_report, readout=foreign).ruined
+    chance = Readout(6, {0.0: 0.3, 1.0: 0.6}, 1.0, 0.3, 0.2)
+    assert not Situation.of(character_report, readout=chance).ruined
     moved = replace(character_report, running=replace(character_report.running, accuracy=0.2))
-    assert Situation.of(moved).helped is True
+    assert Situation.of(moved).ruined
     assert recommend(Situation.of(moved)).recipe == "precise_then_freeze"
 
 
@@ -79,7 +80,7 @@ def character_report():
 
 
 def test_the_command_can_be_pasted():
-    advice = recommend(Situation(batch_size=16, training_images=50, helped=True))
+    advice = recommend(Situation(batch_size=16, training_images=50, ruined=True))
     assert advice.command == (
         "python -m bnfinetune recipe=bn_only train.batch_size=16 'recalibrate.at=[start]' recalibrate.prior=auto"
     )

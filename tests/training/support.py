@@ -91,5 +91,5 @@ def before_ending(action):
 
 def leave_out_ending(patch=setattr):
     """Runs end without measuring their best network and without a report."""
-    patch(run, "measure_best", lambda *_: Best(None, {}, None, None, {}))
+    patch(run, "measure_best", lambda *_: Best(None, {}, None, None, {}, {}))
     patch(run, "write_report", lambda *_: None)

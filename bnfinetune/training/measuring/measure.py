@@ -30,6 +30,7 @@ from bnfinetune.training.failures import SharedFailures
 from bnfinetune.training.launch import TIMEOUT_MINUTES, on_main, start_accelerator
 from bnfinetune.training.measuring.metrics import LabelTally, Metrics, Tally, new_tally
 from bnfinetune.training.measuring.mistakes import Mistakes
+from bnfinetune.training.measuring.outcomes import Outcomes
 from bnfinetune.training.network.backbone import input_config
 from bnfinetune.training.network.norms import CONFIG_KEY, rebuild_norms
 from bnfinetune.training.network.shapes import input_format
@@ -42,9 +43,9 @@ def measure(
     loader: Any,
     tally: Tally | LabelTally,
     accelerator: Accelerator,
-    mistakes: Mistakes | None = None,
+    *watchers: Mistakes | Outcomes,
 ) -> Metrics:
-    """Metrics of `model` over `loader`, of which each rank holds a disjoint share; `mistakes` keeps the worst of it.
+    """Metrics of `model` over `loader`, of which each rank holds a disjoint share; `watchers` see every image.
 
     The bare model is called, never its DDP wrapper, so ranks may hold different numbers of batches.
     """
@@ -55,11 +56,11 @@ def measure(
             images = images.to(accelerator.device, non_blocking=True, memory_format=memory_format)
             logits, labels = model(images), labels.to(accelerator.device, non_blocking=True)
             tally.add(logits, labels)
-            if mistakes is not None:
-                mistakes.add(images, logits, labels, indices[0])
+            for watcher in watchers:
+                watcher.add(images, logits, labels, indices[0])
     tally.merge()
-    if mistakes is not None:
-        mistakes.merge()
+    for watcher in watchers:
+        watcher.merge()
     return tally.metrics()
 
 

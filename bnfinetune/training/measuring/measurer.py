@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,6 +19,7 @@ from bnfinetune.training.measuring.drift_meter import DriftMeter
 from bnfinetune.training.measuring.measure import adapted, measure
 from bnfinetune.training.measuring.metrics import Metrics, new_tally
 from bnfinetune.training.measuring.mistakes import Mistakes
+from bnfinetune.training.measuring.outcomes import Outcomes
 from bnfinetune.training.measuring.recalibrate import recalibrate
 
 
@@ -42,34 +43,37 @@ class Measurer:
         self.drift_at_start = self._meter.start
 
     def measure(
-        self, network: nn.Module, loader: EvalLoader, mistakes: Mistakes | None = None, **counted: Any
+        self, network: nn.Module, loader: EvalLoader, *watchers: Mistakes | Outcomes, **counted: Any
     ) -> Metrics:
-        """Metrics over the images of a loader, of which `mistakes` keeps the worst; `counted` goes to `new_tally`."""
+        """Metrics over the images of a loader, each seen by `watchers`; `counted` goes to `new_tally`."""
         options = {"confusion": False, "multilabel": self.recipe.is_multilabel, **counted}
         tally = new_tally(self.num_classes, self.accelerator.device, **options)
         with self._enough_memory():
-            return measure(network, loader, tally, self.accelerator, mistakes)
+            return measure(network, loader, tally, self.accelerator, *watchers)
 
-    def measure_all(
-        self, network: nn.Module, mistakes: Mistakes | None = None, *, final: bool = False
-    ) -> dict[str, Metrics]:
-        """Metrics by split; `mistakes` are those on the last.
-
-        Of the final network, with confusion, and adapted to each split as `evaluate.adapt` says. Thresholds of labels
-        are chosen on validation.
-        """
-        measured, targets = self.loaders.measured, self.loaders.targets
-        last = list(measured)[-1]
+    def measure_all(self, network: nn.Module) -> dict[str, Metrics]:
+        """Metrics by split."""
         found: dict[str, Metrics] = {}
-        for name, loader in measured.items():
-            found[name] = self.measure(
-                adapted(network, self.recipe, targets[name]) if final else network,
-                loader,
-                mistakes if name == last else None,
-                confusion=final,
-                thresholds=found["validation"].thresholds if found else None,
-            )
+        for name, loader in self.loaders.measured.items():
+            found[name] = self.measure(network, loader, thresholds=_chosen(found))
         return found
+
+    def measure_final(
+        self, network: nn.Module, mistakes: Mistakes | None
+    ) -> tuple[dict[str, Metrics], dict[str, Outcomes]]:
+        """Metrics with confusion, and the outcome of every image, by split, adapted to each as `evaluate.adapt` says.
+
+        Thresholds of labels are chosen on validation; `mistakes` are those on the last split.
+        """
+        measured = self.loaders.measured
+        found: dict[str, Metrics] = {}
+        outcomes = {name: Outcomes() for name in measured}
+        for name, loader in measured.items():
+            worst = [mistakes] if mistakes is not None and name == list(measured)[-1] else []
+            final = adapted(network, self.recipe, self.loaders.targets[name])
+            counted = {"confusion": True, "thresholds": _chosen(found)}
+            found[name] = self.measure(final, loader, outcomes[name], *worst, **counted)
+        return found, outcomes
 
     def recalibrate(self, moment: str, networks: Mapping[str, nn.Module]) -> dict[str, PreciseBNReport]:
         """Compute statistics anew if the recipe asks for it at this moment; what came of it, by network."""
@@ -99,3 +103,8 @@ class Measurer:
     def _enough_memory(self) -> AbstractContextManager[None]:
         setting = f"evaluate.batch_size={self.recipe.evaluate.batch_size} per process"
         return enough_memory(self.accelerator.device, setting, "lower it, or data.image_size")
+
+
+def _chosen(found: Mapping[str, Metrics]) -> Sequence[float] | None:
+    """Thresholds of labels, once validation has chosen them."""
+    return found["validation"].thresholds if found else None

@@ -18,6 +18,7 @@ from bnfinetune.diagnose.finding import Findings
 from bnfinetune.training.assembly import Assembly
 from bnfinetune.training.ending import Best
 from bnfinetune.training.measuring.metrics import Metrics
+from bnfinetune.training.measuring.outcomes import write_outcomes
 from bnfinetune.training.record import Record
 from bnfinetune.training.reporting.lines import as_text
 from bnfinetune.training.reporting.report_page import write_page
@@ -49,6 +50,8 @@ def write_report(
     if not setup.trainer.accelerator.is_main_process:
         return
     numbers = summary(setup, record, best)
+    loaders = setup.trainer.loaders.measured
+    write_outcomes(folder.path, {name: each.columns(loaders[name].dataset) for name, each in best.outcomes.items()})
     with in_words(f"the report in {folder.path}"):
         write_json(folder.path / SUMMARY, numbers)
         if best.mistakes is not None:

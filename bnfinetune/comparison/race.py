@@ -1,0 +1,192 @@
+"""A comparison from its cells to its result: rounds of seeds, out of which cells leave that are surely behind."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bnfinetune.comparison.cells import Cell
+from bnfinetune.comparison.paired import still_racing
+from bnfinetune.comparison.result import Compared, Comparison, Finished, on_same_images, outcomes_of
+from bnfinetune.comparison.runs import Job, local_processes, make_all
+from bnfinetune.errors import CheckpointError, RecipeError
+from bnfinetune.recipe import Recipe
+from bnfinetune.recipe_files import diff_recipes, dump_recipe, load_recipe
+from bnfinetune.training.loop.progress import LOWER_IS_BETTER
+from bnfinetune.training.saving.atomic import write_json
+from bnfinetune.training.saving.export import RECIPE
+
+PLAN, RESULT = "plan.json", "comparison.json"
+
+
+def compare(
+    cells: Sequence[Cell] | Mapping[str, str | Mapping[str, Any] | Recipe],
+    *,
+    seeds: int = 3,
+    out: str | Path = "runs/comparison",
+    jobs: int = 1,
+    race: bool = True,
+    minutes: float | None = None,
+    executor: Executor | None = None,
+    say: Callable[[str], None] = print,
+) -> Comparison:
+    """Compare recipes on the same images, splits, seeds and order; called again with the same `out`, it goes on.
+
+    Every cell and seed is an ordinary run, under `out`. After the second seed and each later one, cells leave that are
+    surely behind the leader (`still_racing`). Validation chooses; the test split is shown of those that are left.
+
+    Args:
+        cells: Recipes by name, in any form that `finetune` takes, or what `cells_of` gives.
+        seeds: Seeds 0, 1, ... of each cell, a round of all cells each.
+        out: The folder of the comparison.
+        jobs: Runs at a time on this machine, each in a process with a device of its own.
+        race: Whether cells may leave.
+        minutes: After which no new round begins; runs that are over count by what they took.
+        executor: Where to make the runs instead; its workers must see `out` and the data.
+        say: Told what happens.
+
+    Returns:
+        The result, which is also written to `out` as comparison.json.
+
+    Raises:
+        RecipeError: The cells are no comparison.
+        CheckpointError: `out` holds another comparison, or no run came to its end.
+    """
+    planned = cells if isinstance(cells, Sequence) else [_cell(name, recipe) for name, recipe in cells.items()]
+    metric = _one_metric(planned)
+    folder = Path(out)
+    _plan(folder, planned)
+    compared = {cell.name: Compared(cell.name, cell.words) for cell in planned}
+    pool: Callable[[], Any] = partial(local_processes, jobs) if executor is None else partial(_kept_open, executor)
+    for seed in range(seeds):
+        due = [cell for cell in planned if compared[cell.name].left_after is None and not compared[cell.name].error]
+        if not due:
+            break
+        if minutes is not None and _seconds(compared.values()) > 60 * minutes:
+            say(f"{minutes:g} minutes are over: no run with seed {seed} or later is made")
+            break
+        _make_round(due, seed, folder, compared, pool, say)
+        if race and 0 < seed < seeds - 1:
+            _let_leave(compared, rounds=seeds - 2, say=say)
+    found = Comparison.of(list(compared.values()), metric, lower_is_better=metric in LOWER_IS_BETTER)
+    write_json(folder / RESULT, found.to_dict())
+    return found
+
+
+def compare_runs(folders: Sequence[str]) -> Comparison:
+    """Compare finished runs; those that differ in their seed alone are one cell.
+
+    Raises:
+        CheckpointError: One is not the folder of a finished run, or they were validated on other images.
+        RecipeError: They are all of one recipe.
+    """
+    recipes = {path: load_recipe(str(_recipe_file(path))) for path in folders}
+    groups: dict[str, list[str]] = {}
+    for path, recipe in recipes.items():
+        groups.setdefault(dump_recipe(_without_run(recipe)), []).append(path)
+    names = [recipes[paths[0]].name for paths in groups.values()]
+    first = recipes[folders[0]]
+    cells = []
+    for paths in groups.values():
+        recipe = recipes[paths[0]]
+        apart = {key: new for key, (_, new) in diff_recipes(first, recipe).items() if not key.startswith("run.")}
+        told = [f"{key}={value}" for key, value in apart.items() if names.count(recipe.name) > 1]
+        name = ", ".join([recipe.name, *told[:3]])
+        cell = Compared(name, (f"recipe={_recipe_file(paths[0])}",))
+        cell.runs = {recipes[path].run.seed: Finished.of(Path(path)) for path in paths}
+        cells.append(cell)
+    metric = _one_metric([Cell(cell.name, cell.words, load_recipe(cell.words[0].partition("=")[2])) for cell in cells])
+    return Comparison.of(cells, metric, lower_is_better=metric in LOWER_IS_BETTER)
+
+
+def _cell(name: str, recipe: str | Mapping[str, Any] | Recipe) -> Cell:
+    words = (f"recipe={recipe}",) if isinstance(recipe, str) else ("recipe=...",)
+    return Cell(name, words, load_recipe(recipe))
+
+
+def _one_metric(cells: Sequence[Cell]) -> str:
+    metrics = dict.fromkeys(cell.recipe.best_metric for cell in cells)
+    if len(cells) < 2 or len(metrics) > 1:
+        what = f"{len(cells)} cell" if len(cells) < 2 else f"several checkpoint.metric ({', '.join(metrics)})"
+        raise RecipeError(f"a comparison is of two cells or more by one metric; found {what}")
+    return next(iter(metrics))
+
+
+def _plan(folder: Path, cells: Sequence[Cell]) -> None:
+    """Write down what is compared, or see that it is what the folder holds."""
+    plan = {cell.name: cell.recipe.model_dump(mode="json") for cell in cells}
+    path = folder / PLAN
+    if path.is_file():
+        if json.loads(path.read_text(encoding="utf-8")) != plan:
+            raise CheckpointError(f"out={folder} holds a comparison of other cells; choose another folder")
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise CheckpointError(f"out={folder} is not empty and holds no comparison; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, plan)
+
+
+def _make_round(
+    cells: Sequence[Cell],
+    seed: int,
+    folder: Path,
+    compared: Mapping[str, Compared],
+    pool: Callable[[], Executor],
+    say: Callable[[str], None],
+) -> None:
+    """The runs of one seed."""
+    jobs = []
+    metric = cells[0].recipe.best_metric
+    for cell in cells:
+        seeded = cell.recipe.run.model_copy(update={"seed": seed})
+        recipe = cell.recipe.model_copy(update={"run": seeded}).model_dump(mode="json")
+        jobs.append(Job(cell.name, recipe, folder / cell.folder / f"seed-{seed}"))
+    begin = time.perf_counter()
+    for number, (job, error) in enumerate(make_all(jobs, pool), start=1):
+        if error is not None:
+            compared[job.cell].error = f"seed {seed}: {error}"
+            outcome = error
+        else:
+            run = compared[job.cell].runs[seed] = Finished.of(job.folder)
+            outcome = f"validation {metric} {run.numbers['after']['validation'][metric]:.3f}"
+        say(f"seed {seed}  {number}/{len(jobs)}  {job.cell}  {outcome}  ({time.perf_counter() - begin:.0f} s)")
+
+
+def _let_leave(compared: Mapping[str, Compared], rounds: int, say: Callable[[str], None]) -> None:
+    racing = {name: cell for name, cell in compared.items() if cell.left_after is None and not cell.error}
+    if len(racing) < 2:
+        return
+    outcomes = {name: outcomes_of(cell) for name, cell in racing.items()}
+    staying = still_racing(outcomes, same_images=on_same_images(list(racing.values())), rounds=rounds)
+    for name in racing.keys() - staying.keys():
+        compared[name].left_after = len(racing[name].runs)
+        say(f"{name} is surely behind, and leaves")
+
+
+def _seconds(cells: Iterable[Compared]) -> float:
+    return sum(float(run.numbers["seconds"]) for cell in cells for run in cell.runs.values())
+
+
+def _kept_open(executor: Executor) -> AbstractContextManager[Executor]:
+    """The caller's own executor, which is theirs to close."""
+    return nullcontext(executor)
+
+
+def _recipe_file(folder: str) -> Path:
+    path = Path(folder) / RECIPE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a run folder: it holds no {RECIPE}")
+    return path
+
+
+def _without_run(recipe: Recipe) -> Recipe:
+    """A recipe without what tells a run of it from another."""
+    plain = Recipe()
+    train = recipe.train.model_copy(update={"resume": None, "resume_allow": ()})
+    return recipe.model_copy(update={"run": plain.run, "train": train})

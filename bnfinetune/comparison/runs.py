@@ -1,0 +1,98 @@
+"""The runs of a comparison: each in a process of its own, resumed where one has died."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bnfinetune.errors import BnFinetuneError, error_line
+from bnfinetune.training.run import finetune
+from bnfinetune.training.saving.run_folder import SUMMARY
+
+_TRIES = 3  # of a run whose process dies
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One run: a recipe as plain values, and its folder."""
+
+    cell: str
+    recipe: Mapping[str, Any]
+    folder: Path
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run is over."""
+        return (self.folder / SUMMARY).is_file()
+
+
+def make_run(recipe: Mapping[str, Any], folder: str) -> str | None:
+    """Make a run, or go on with it; runs in any process that sees the folder and the data.
+
+    Returns:
+        What went wrong, in a line; None if nothing did.
+    """
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # it has its run.log
+        try:
+            finetune(recipe, **{"run.dir": folder, "train.resume": "auto"})
+        except BnFinetuneError as error:
+            return error_line(str(error)).removeprefix("bnfinetune: error: ")
+        except Exception as error:  # of a model, a data set or a driver: the other cells go on
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def make_all(jobs: list[Job], executor: Callable[[], Executor]) -> Iterator[tuple[Job, str | None]]:
+    """Make runs as an executor has room, and give each with what went wrong as it ends.
+
+    Args:
+        jobs: The runs; one that is over already is given at once.
+        executor: Makes an executor; called again when the processes of the one before have died.
+    """
+    waiting = {job: _TRIES for job in jobs if not job.is_done}
+    yield from ((job, None) for job in jobs if job.is_done)
+    while waiting:
+        with executor() as pool:
+            futures: dict[Future[str | None], Job] = {
+                pool.submit(make_run, dict(job.recipe), str(job.folder)): job for job in waiting
+            }
+            try:
+                for future in as_completed(futures):
+                    job = futures[future]
+                    try:
+                        outcome = future.result()
+                    except BrokenExecutor:  # a process was killed, and takes its neighbours along
+                        waiting[job] -= 1
+                        if waiting[job]:
+                            continue
+                        outcome = f"its process died {_TRIES} times, often for want of memory"
+                    del waiting[job]
+                    yield job, outcome
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def local_processes(count: int) -> Executor:
+    """So many processes on this machine, each with a device of its own and its share of the cores."""
+    context = multiprocessing.get_context("spawn")
+    numbers = context.SimpleQueue()
+    for number in range(count):
+        numbers.put(number)
+    return ProcessPoolExecutor(count, context, _set_apart, (numbers, count))
+
+
+def _set_apart(numbers: Any, count: int) -> None:
+    """Give this process its device and its cores."""
+    if torch.cuda.device_count() > 1:
+        number = 0 if numbers.empty() else numbers.get()
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+    torch.set_num_threads(max(torch.get_num_threads() // count, 1))

@@ -1,0 +1,73 @@
+"""Intervals of paired differences: against known formulas, and in simulations with known truths."""
+
+import numpy as np
+import pytest
+from scipy.stats import t, ttest_rel
+
+from bnfinetune.comparison.paired import paired_difference, still_racing
+
+
+def simulated(rng, *, seeds, images, gap=0.0, scatter=0.3):
+    """Two cells of which the first is better by `gap` in log odds, by seed."""
+    difficulty = 1.2 + 1.5 * rng.normal(size=images)
+
+    def one(ahead):
+        odds = [difficulty + ahead + scatter * rng.normal() + 0.3 * rng.normal(size=images) for _ in range(seeds)]
+        return [(rng.random(images) < 1 / (1 + np.exp(-each))).astype(float) for each in odds]
+
+    return one(gap), one(0.0)
+
+
+def test_one_seed_is_the_paired_t_test_over_images():
+    rng = np.random.default_rng(0)
+    first, second = simulated(rng, seeds=1, images=50)
+    found = paired_difference(first, second, same_images=True)
+    low, high = ttest_rel(first[0], second[0]).confidence_interval()
+    assert (found.low, found.high) == pytest.approx((low, high))
+    assert found.seeds == 1
+
+
+def test_images_of_their_own_leave_the_t_test_over_seeds():
+    rng = np.random.default_rng(0)
+    first, second = simulated(rng, seeds=4, images=50)
+    found = paired_difference(first, second, same_images=False)
+    low, high = ttest_rel(*([each.mean() for each in cell] for cell in (first, second))).confidence_interval()
+    assert (found.low, found.high) == pytest.approx((low, high))
+
+
+def test_both_reaches_add_up_as_squares():
+    rng = np.random.default_rng(0)
+    first, second = simulated(rng, seeds=3, images=40)
+    apart = np.array(first) - np.array(second)
+    by_seed = t.ppf(0.975, 2) * apart.mean(1).std(ddof=1) / 3**0.5
+    by_image = t.ppf(0.975, 39) * apart.mean(0).std(ddof=1) / 40**0.5
+    found = paired_difference(first, second, same_images=True)
+    assert found.high - found.mean == pytest.approx(np.hypot(by_seed, by_image))
+    back = paired_difference(second, first, same_images=True)
+    assert (back.mean, back.low, back.high) == pytest.approx((-found.mean, -found.high, -found.low))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_intervals_cover_and_losers_are_found(seeds):
+    rng = np.random.default_rng(seeds)
+    covered = found = 0
+    for _ in range(1000):
+        same = paired_difference(*simulated(rng, seeds=seeds, images=200), same_images=True)
+        covered += same.low <= 0 <= same.high
+        found += paired_difference(*simulated(rng, seeds=seeds, images=200, gap=4.0), same_images=True).low > 0
+    assert covered >= 940  # 95 % stated; 940 is two standard errors below
+    assert found > {2: 200, 3: 800, 5: 990}[seeds]
+
+
+def test_the_best_cell_hardly_ever_leaves():
+    """Equal cells: each time that one leaves, it might have been the best."""
+    rng = np.random.default_rng(0)
+    gone = 0
+    for _ in range(1000):
+        pairs = [simulated(rng, seeds=3, images=100)[0] for _ in range(4)]
+        cells = {str(number): cell for number, cell in enumerate(pairs)}
+        gone += "0" not in still_racing(cells, same_images=True, rounds=1)
+    assert gone <= 50
+    cells = {"best": simulated(rng, seeds=5, images=500, gap=3.0)[0]}
+    cells |= {"worse": simulated(rng, seeds=5, images=500, gap=-3.0)[0]}
+    assert list(still_racing(cells, same_images=True, rounds=1)) == ["best"]
