@@ -10,14 +10,17 @@ from bnfinetune.diagnose.drift_report import BATCH_SIZES, CLUSTERED, SOUND_NOISE
 from bnfinetune.diagnose.readout import Readout
 
 TINY_SET = 100
-"""Training images below which a network has too few to fit more than scales, shifts and the head."""
+"""Training images below which the head is fitted first, so that few updates do not distort what is pretrained."""
 
 MEASURED = 1000
 """Training images up to which recipes were compared on photographs: docs/transfer.md."""
 
 RUINED = 0.2
-"""Share of images that statistics of their own must put right for the stored ones to be called ruined. Where those of
-another domain were worth half of that to a readout, fine-tuning did without them as well (docs/transfer.md)."""
+"""Share of images that statistics of their own must put right for the stored ones to be called ruined; those of another
+domain were worth half of that to a readout."""
+
+RIVALS = ("freeze_bn", "lp_ft")
+"""Recipes that were ahead of the recommended one on some tasks of docs/transfer.md."""
 
 FEW_IMAGES, ENOUGH_IMAGES = 8, 16
 """Images per statistic below which a network without statistics of its own needs fixed ones, and from which it does not
@@ -101,10 +104,18 @@ class Recommendation:
         launcher = "python" if self.processes == 1 else f"torchrun --nproc_per_node {self.processes}"
         return f"{launcher} {words}"
 
+    @property
+    def comparison(self) -> str | None:
+        """The command line that finds out how it does beside its rivals; None where it has none."""
+        if self.recipe not in {"precise_then_freeze", *RIVALS}:
+            return None
+        recipes = ", ".join(dict.fromkeys([self.recipe, *RIVALS]))
+        return shlex.join(["bnfinetune", "compare", f"recipe=[{recipes}]", *self.overrides])
+
     def __str__(self) -> str:
-        return "\n".join(
-            [f"recommended: recipe={self.recipe}", *(f"- {reason}" for reason in self.reasons), self.command]
-        )
+        surer = [] if self.comparison is None else ["or measure what is best on these images:", self.comparison]
+        reasons = (f"- {reason}" for reason in self.reasons)
+        return "\n".join([f"recommended: recipe={self.recipe}", *reasons, self.command, *surer])
 
 
 def _ruined(report: DriftReport) -> bool:
@@ -120,10 +131,10 @@ def recommend(situation: Situation) -> Recommendation:
     """Chooses the shipped recipe that fits a situation.
 
     A pretrained network's weights were trained with its statistics: on small sets of photographs, drawings and cartoons
-    fixed ones were ahead at batches of 2 and of 16 alike (docs/transfer.md), also where statistics of the images were
-    worth more to a readout. Ruined ones come from the data first. A network without statistics needs images for them:
-    fixed ones from 8 per statistic down, live ones from 16 on (Wu & Johnson 2021, figure 6). Few training images ask
-    for few parameters.
+    fixed ones were ahead of live ones at batches of 2 and of 16 alike, and best where they had first gone towards those
+    of the images, as far as features gain by it (docs/transfer.md). A network without statistics needs images for
+    them: fixed ones from 8 per statistic down, live ones from 16 on (Wu & Johnson 2021, figure 6). With very few
+    training images the head is fitted first (Kumar et al. 2022).
 
     Args:
         situation: what was measured and what is planned.
@@ -141,33 +152,31 @@ def _with_labels(situation: Situation, reasons: list[str], overrides: list[str])
     images = situation.training_images
     anew = situation.untrained or situation.ruined
     _tell_statistics(situation, reasons)
-    if images is not None and images < TINY_SET:
-        reasons.append(
-            f"{images} training images are fewer than {TINY_SET}: scales, shifts and the head are enough to learn"
-        )
-        return _few_parameters(overrides, anew)
     if situation.sorted_batches:
         reasons.append(
             f"batches scatter more than {CLUSTERED} times as much as random ones, as in a set sorted by class: shuffle "
             "if that is possible; fixed statistics do not see the batch, and few parameters forget less of the classes "
             "before"
         )
-        return _few_parameters(overrides, anew)
+        return _with_statistics("bn_only", overrides, anew)
     if situation.untrained:
         return _untrained(situation, reasons)
+    if images is not None and images < TINY_SET:
+        reasons.append(f"{images} training images are fewer than {TINY_SET}: the head is fitted before anything learns")
+        return _with_statistics("lp_ft", overrides, anew)
     if images is not None and images > MEASURED:
         reasons.append(
             f"with more than {MEASURED} training images recipes were not compared on photographs: try recipe=full too, "
             "and keep the better on validation"
         )
-    return "precise_then_freeze" if anew else "freeze_bn"
+    return "precise_then_freeze"
 
 
-def _few_parameters(overrides: list[str], anew: bool) -> str:
-    """Scales, shifts and the head, behind statistics that fit."""
+def _with_statistics(recipe: str, overrides: list[str], anew: bool) -> str:
+    """A recipe with fixed statistics, which are computed first where the stored ones are of no use."""
     if anew:
         overrides += ["recalibrate.at=[start]", "recalibrate.prior=auto"]
-    return "bn_only"
+    return recipe
 
 
 def _tell_statistics(situation: Situation, reasons: list[str]) -> None:
@@ -179,7 +188,10 @@ def _tell_statistics(situation: Situation, reasons: list[str]) -> None:
             "to the weights, and are computed anew first"
         )
     else:
-        reasons.append("the stored statistics are what the weights were trained with, so they stay fixed")
+        reasons.append(
+            "the weights were trained with the stored statistics: these go towards those of the images only as far as "
+            "features gain by it, and then stay fixed"
+        )
 
 
 def _untrained(situation: Situation, reasons: list[str]) -> str:

@@ -71,9 +71,14 @@ def _advice(recommendation: Recommendation) -> Part:
     return Part(
         "Recommendation",
         texts=(f"The shipped recipe {recommendation.recipe} fits, because",),
-        points=recommendation.reasons,
+        points=(*recommendation.reasons, *_surer(recommendation)),
         command=recommendation.command,
     )
+
+
+def _surer(recommendation: Recommendation) -> list[str]:
+    found = recommendation.comparison
+    return [] if found is None else [f"what is best on these images is measured by: {found}"]
 
 
 def _cost(report: DriftReport) -> Part:

@@ -13,13 +13,13 @@ from bnfinetune.diagnose.recommend import Situation, recommend
 from bnfinetune.recipe_files import load_recipe, shipped_recipes
 
 SITUATIONS = {
-    "pretrained": (Situation(batch_size=32, training_images=500), "freeze_bn"),
-    "tiny batch": (Situation(batch_size=2, training_images=500), "freeze_bn"),
+    "pretrained": (Situation(batch_size=32, training_images=500), "precise_then_freeze"),
+    "tiny batch": (Situation(batch_size=2, training_images=500), "precise_then_freeze"),
     "ruined statistics": (
         Situation(batch_size=2, training_images=500, ruined=True),
         "precise_then_freeze",
     ),
-    "many images": (Situation(batch_size=32, training_images=50_000), "freeze_bn"),
+    "many images": (Situation(batch_size=32, training_images=50_000), "precise_then_freeze"),
     "untrained, large batch": (Situation(batch_size=32, training_images=5000, untrained=True), "full"),
     "untrained, tiny batch": (Situation(batch_size=2, training_images=5000, untrained=True), "precise_then_freeze"),
     "untrained, on many processes": (
@@ -34,7 +34,7 @@ SITUATIONS = {
         Situation(batch_size=12, training_images=5000, untrained=True, smallest_sound_batch=4),
         "full",
     ),
-    "tiny set": (Situation(batch_size=16, training_images=50), "bn_only"),
+    "tiny set": (Situation(batch_size=16, training_images=50), "lp_ft"),
     "sorted loader": (Situation(batch_size=32, training_images=5000, sorted_batches=True), "bn_only"),
     "no labels": (Situation(batch_size=32, labelled=False), "adabn"),
 }
@@ -82,7 +82,12 @@ def character_report():
 def test_the_command_can_be_pasted():
     advice = recommend(Situation(batch_size=16, training_images=50, ruined=True))
     assert advice.command == (
-        "python -m bnfinetune recipe=bn_only train.batch_size=16 'recalibrate.at=[start]' recalibrate.prior=auto"
+        "python -m bnfinetune recipe=lp_ft train.batch_size=16 'recalibrate.at=[start]' recalibrate.prior=auto"
     )
+    assert advice.comparison == (
+        "bnfinetune compare 'recipe=[lp_ft, freeze_bn]' train.batch_size=16 'recalibrate.at=[start]' "
+        "recalibrate.prior=auto"
+    )
+    assert advice.comparison in str(advice)
     many = recommend(Situation(batch_size=2, ranks=16, training_images=5000, untrained=True))
     assert many.command.startswith("torchrun --nproc_per_node 16 -m bnfinetune recipe=sync_bn")

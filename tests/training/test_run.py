@@ -80,7 +80,7 @@ def test_the_run_folder_holds_everything(images, tmp_path):
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
         "recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "run.log", "best", "checkpoints",
-        "report.html", "report.json",
+        "report.html", "report.json", "outcomes.npz",
     }  # fmt: skip
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["peak_memory_bytes"] > 1e7
