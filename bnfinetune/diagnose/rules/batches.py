@@ -14,7 +14,7 @@ from bnfinetune.diagnose.reading import (
     reads_in_order,
     sampler_of,
 )
-from bnfinetune.diagnose.registry import Trouble, rule
+from bnfinetune.diagnose.registry import Lacking, Trouble, rule
 
 LEFTOVER = 0.05
 """Largest weight that the statistics from before training may keep."""
@@ -35,7 +35,7 @@ CHOSEN_RATIO = 1.3
     "warning",
     why="What evaluation uses is an average that still carries the statistics from before training.",
 )
-def too_few_steps(case: Case) -> Iterator[Trouble]:
+def too_few_steps(case: Case) -> Iterator[Trouble | Lacking]:
     """**Symptom.** A huge evaluation loss early on, or on tiny sets at all times, although training goes well.
 
     **Cause.** After T updates with momentum m the old statistics keep the weight (1 - m)^T: with 0.1, 35 % after 10
@@ -51,6 +51,7 @@ def too_few_steps(case: Case) -> Iterator[Trouble]:
     ```
     """
     if case.context.steps is None:
+        yield Lacking("no number of steps")
         return
     updates = case.context.steps * case.context.grad_accum
     left = {n: (1 - m) ** updates for n in case.live if (m := getattr(case.layers[n], "momentum", None))}
@@ -77,7 +78,7 @@ def too_few_steps(case: Case) -> Iterator[Trouble]:
     why="One value per channel has no variance: PyTorch stops at the end of the epoch, often on one process only.",
     needs=("loader",),
 )
-def last_batch(case: Case) -> Iterator[Trouble]:
+def last_batch(case: Case) -> Iterator[Trouble | Lacking]:
     """**Symptom.** "Expected more than 1 value per channel when training", at the end of the first epoch.
 
     **Cause.** The number of images leaves one for the last batch, and a BN layer sees one value per image: it is 1d,
@@ -95,6 +96,7 @@ def last_batch(case: Case) -> Iterator[Trouble]:
     """
     size, count, drops = case.batch_size, images_per_pass(case.loader), drops_last(case.loader)
     if size is None or count is None:
+        yield Lacking("no known length or batch size of the loader")
         return
     if drops and count < size:
         yield Trouble(
@@ -121,7 +123,7 @@ def last_batch(case: Case) -> Iterator[Trouble]:
     "warning",
     why="Mean and variance of a few images are noise, which training learns to rely on and evaluation does not have.",
 )
-def small_batch(case: Case) -> Iterator[Trouble]:
+def small_batch(case: Case) -> Iterator[Trouble | Lacking]:
     """**Symptom.** Noisy, unstable metrics; evaluation behind training.
 
     **Cause.** Each process normalises by its own images, and there are few of them: detection, video, large images.
@@ -137,6 +139,7 @@ def small_batch(case: Case) -> Iterator[Trouble]:
     ```
     """
     if case.batch_size is None:
+        yield Lacking("no batch size")
         return
     few = {n: images for n in case.live if (images := case.images_per_statistic(n)) is not None and images < FEW_IMAGES}
     if few:
@@ -190,7 +193,7 @@ def accumulation(case: Case) -> Iterator[Trouble]:
     why="Batches of one class have that class's statistics, and the running ones end up as those of the last block.",
     needs=("loader",),
 )
-def sorted_loader(case: Case) -> Iterator[Trouble]:
+def sorted_loader(case: Case) -> Iterator[Trouble | Lacking]:
     """**Symptom.** Training loss falls at once, evaluation is at chance; statistics follow the last images.
 
     **Cause.** The training loader does not shuffle, and image folders are sorted by class. The same holds for the data
@@ -208,6 +211,9 @@ def sorted_loader(case: Case) -> Iterator[Trouble]:
     ```
     """
     sampler = sampler_of(case.loader)
+    if sampler is None:
+        yield Lacking("no known order of the loader")
+        return
     if not reads_in_order(sampler) or not case.live or case.batch_size is None:
         return
     labels = labels_of(case.loader.dataset)
@@ -230,7 +236,7 @@ def sorted_loader(case: Case) -> Iterator[Trouble]:
     why="Activation statistics change with the size of what is seen, and evaluation uses those of the training size.",
     rewatched=True,
 )
-def other_resolution(case: Case) -> Iterator[Trouble]:
+def other_resolution(case: Case) -> Iterator[Trouble | Lacking]:
     """**Symptom.** Evaluating at another resolution than training costs accuracy, most of all with global pooling.
 
     **Cause.** Touvron et al. (2019, "Fixing the train-test resolution discrepancy"): apparent sizes and the statistics
@@ -253,7 +259,10 @@ def other_resolution(case: Case) -> Iterator[Trouble]:
     train, evaluated = case.context.train_size, case.context.eval_size
     if case.trace is not None:
         train, evaluated = case.trace.sizes()
-    if train and evaluated and not _is_chosen(train, evaluated) and case.live:
+    if not (train and evaluated):
+        yield Lacking(_missing_size(case, train))
+        return
+    if not _is_chosen(train, evaluated) and case.live:
         yield Trouble(
             tuple(case.live),
             f"trained at {train} and evaluated at {evaluated} pixels",
@@ -261,6 +270,12 @@ def other_resolution(case: Case) -> Iterator[Trouble]:
             f"# near the end of training, with a loader of {evaluated}-pixel images",
             f"data.image_size={evaluated}",
         )
+
+
+def _missing_size(case: Case, train: int | None) -> str:
+    if case.trace is None:
+        return "no image sizes"
+    return "no evaluation batch of images" if train else "no training batch of images"
 
 
 def _is_chosen(train: int, evaluated: int) -> bool:
