@@ -48,6 +48,7 @@ class Forward:
         fingerprint: some values of the input, to tell a repeated batch from a new one; None if it had no tensor.
         mean: mean of each input channel over a sample of pixels.
         std: standard deviation of the same sample.
+        between: variance of the images' own means of each input channel.
         updated: whether any BN layer updated its statistics in it.
         domain: whose statistics these were; None for the layers' own.
         foreign: whether an evaluation with the weights that `optimizer.eval()` put in, and statistics of those before.
@@ -63,6 +64,7 @@ class Forward:
     fingerprint: Tensor | None = None
     mean: Tensor | None = None
     std: Tensor | None = None
+    between: Tensor | None = None
     updated: bool = False
     domain: str | None = None
     foreign: bool = False

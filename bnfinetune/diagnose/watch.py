@@ -33,6 +33,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 MOST_CONSTRUCTION = 0.01
 """Share of the mean 0 and variance 1 of construction that running statistics lose first; 44 updates by momentum 0.1."""
 
+_TRAINED = 1000  # updates after which statistics are taken for trained, whatever momentum is now
 _BATCHES = 4  # that are run again: of so many, hardly all are mixed by halves
 _SAMPLE = 32  # pixels a side that input statistics are taken of
 _PRINT = 64  # values that tell one batch from another
@@ -288,11 +289,12 @@ def updates_before(layer: Any) -> int | None:
 def is_warming(layer: nn.Module, before: int | None, since: int) -> bool:
     """Whether more of the running statistics' construction is left after so many updates than may be.
 
-    After T updates with momentum m, mean 0 and variance 1 still have the weight (1 - m)^T.
+    After T updates with momentum m, mean 0 and variance 1 still have the weight (1 - m)^T. Momentum may have been
+    another once, so that from some number of updates on the layer is taken for trained.
     """
     momentum = getattr(layer, "momentum", None)
     cumulative = isinstance(layer, SwitchedBN) and switches_of(layer).update_stats == "cumulative"
-    if before is None or momentum is None or cumulative:
+    if before is None or before >= _TRAINED or momentum is None or cumulative:
         return False
     return bool((1 - momentum) ** (before + since) > MOST_CONSTRUCTION)
 
@@ -338,3 +340,5 @@ def _describe_input(forward: Forward, image: Tensor) -> None:
     if sample.ndim > 1:
         std, mean = torch.std_mean(sample.transpose(0, 1).flatten(1), 1)
         forward.mean, forward.std = mean, std
+        each = sample.flatten(2).mean(2) if sample.ndim > 2 else sample
+        forward.between = each.var(0, correction=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -46,7 +47,8 @@ def gap_of_modes(case: Case) -> Iterator[Trouble | Lacking]:
     **Found by.** The last watched batches, two to four of 8 or more images, each twice in evaluation mode, once with
     running statistics and once with its own: mean total variation distance of the predicted distributions above 0.3
     in every one of them, as mixup and cutmix make single batches differ from the average, and in the last batch that
-    was evaluated, if one was. What is compared is the model's prediction: the `logits` of an output with fields, else
+    was evaluated, if one was; and a layer that is off by more than the statistics of such a batch vary by themselves.
+    What is compared is the model's prediction: the `logits` of an output with fields, else
     its first tensor with a row per image; never a loss. Statistics that still hold more than 1 % of their construction
     (44 updates with momentum 0.1) are warming up and not judged; BN202 tells whether the plan is long enough. Layers
     come in the order of their distance, seen as training normalises, so that a fault is not charged to the layers
@@ -73,8 +75,11 @@ def gap_of_modes(case: Case) -> Iterator[Trouble | Lacking]:
         return
     gap = min(gaps, key=lambda each: each.distance)
     ranked = sorted(gap.live, key=lambda name: -gap.live[name].drift)
-    worst = [name for name in ranked if gap.live[name].drift > gap.live[ranked[0]].drift / 2]
-    if worst:
+    loud = [name for name in ranked if gap.live[name].drift > gap.live[name].noise(gap.images)]
+    worst = [name for name in loud if gap.live[name].drift > gap.live[loud[0]].drift / 2]
+    if not worst:
+        yield Lacking("training batches of enough images to tell their noise from a fault")
+    else:
         agreement = "" if gap.agreement is None else f", {gap.agreement:.0%} of {gap.images} images of equal class"
         yield Trouble(
             tuple(worst),
@@ -183,9 +188,9 @@ def mixed_domains(case: Case) -> Iterator[Trouble | Lacking]:
     running statistics.
 
     **Found by.** In 3 or more watched steps of different images, 12 or more at each place, forwards at different places
-    in the step whose input means differ by more than a quarter of a standard deviation, beyond chance: Student's t of
-    the differences, one for each step, at a rate of false alarms of at most 1 % for a whole watch (Bonferroni over
-    channels and places).
+    in the step whose input means differ by more than a quarter of a standard deviation, beyond chance by Student's t
+    over steps and over images, at a rate of false alarms of at most 1 % for a whole watch (Bonferroni over channels and
+    places).
 
     ```python
     loss = criterion(model(clean), labels) + criterion(model(adversarial), labels)     # the pitfall
@@ -241,15 +246,53 @@ def _is_enough(steps: list[list[Forward]]) -> bool:
 def _offset(steps: list[list[Forward]], place: int, rate: float) -> float:
     """Distance of the input means at a place of the step from those at the first, beyond chance; else 0.
 
-    Where the images are drawn alike, the differences of the two means have the expectation 0 in each channel; so many
-    of them that it is rarer than `rate` to find any channel this far off, are taken for surely different.
+    Where the images are drawn alike, the differences of the two means have the expectation 0 in each channel. They must
+    be too far off for chance by two measures, of which each alone holds the rate for normal means: how steps differ,
+    which knows that the images of a batch may have much in common, and how images differ, which few steps that agree by
+    luck do not deceive.
     """
-    pairs = [(group[0], group[place]) for group in steps]
-    if any(a.mean is None or b.mean is None or a.mean.shape != b.mean.shape for a, b in pairs):
+    first, other = (_place(steps, at) for at in (0, place))
+    if first is None or other is None or first.means.shape != other.means.shape:
         return 0.0
-    apart = torch.stack([(b.mean - a.mean).double() for a, b in pairs])  # type: ignore[operator]
-    spread = torch.stack([a.std.double() for a, _ in pairs]).mean(0).clamp(min=1e-6)  # type: ignore[union-attr]
-    mean, error = apart.mean(0).abs(), apart.std(0) / len(pairs) ** 0.5
-    chances = [chance_beyond(t, len(pairs) - 1) for t in (mean / error.clamp(min=1e-12)).tolist()]
-    sure = torch.tensor(chances) < rate / len(chances)
-    return float((mean / spread).cpu()[sure].max()) if sure.any() else 0.0
+    apart = other.means - first.means
+    distance, count = apart.mean(0).abs(), len(steps)
+    by_steps = _chances(distance, apart.var(0) / count, count - 1)
+    pooled = (first.squares + other.squares) / (first.images + other.images - 2)
+    by_images = _chances(distance, pooled * (1 / first.images + 1 / other.images), first.images + other.images - 2)
+    sure = torch.maximum(by_steps, by_images) < rate / len(distance)
+    return float((distance / first.spread)[sure].max()) if sure.any() else 0.0
+
+
+class _Place(NamedTuple):
+    """One place of the step over all steps, per channel.
+
+    Attributes:
+        means: (steps, C), of the input.
+        squares: (C,), squared deviations of the images' means from their common mean.
+        spread: (C,), standard deviation of the input.
+        images: in all steps.
+    """
+
+    means: torch.Tensor
+    squares: torch.Tensor
+    spread: torch.Tensor
+    images: int
+
+
+def _place(steps: list[list[Forward]], place: int) -> _Place | None:
+    """What the forwards at one place saw; None if their inputs have no channels in common."""
+    seen = [group[place] for group in steps]
+    columns = [[getattr(each, key) for each in seen] for key in ("mean", "between", "std")]
+    if any(value is None or value.shape != columns[0][0].shape for column in columns for value in column):
+        return None
+    means, between, stds = (torch.stack(column).double().cpu() for column in columns)
+    counts = torch.tensor([each.images for each in seen], dtype=torch.float64)[:, None]
+    common = (counts * means).sum(0) / counts.sum()
+    squares = (counts * (between + (means - common).square())).sum(0)
+    return _Place(means, squares, stds.mean(0).clamp(min=1e-6), int(counts.sum()))
+
+
+def _chances(distance: torch.Tensor, variance: torch.Tensor, freedom: int) -> torch.Tensor:
+    """Probability of distances at least so large by chance, for the given squares of their standard errors."""
+    scores = distance / variance.sqrt().clamp(min=1e-12)
+    return torch.tensor([chance_beyond(t, freedom) for t in scores.tolist()])
