@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from bnfinetune.comparison.race import compare
     from bnfinetune.diagnose.checks import check_bn
     from bnfinetune.diagnose.drift import inspect_bn
+    from bnfinetune.diagnose.expected import expect
     from bnfinetune.diagnose.watch import watch_bn
     from bnfinetune.training.network.head import reset_head
     from bnfinetune.training.network.optim import param_groups
@@ -52,6 +53,7 @@ __all__ = [
     "convert_sync_bn",
     "describe_bn",
     "domain",
+    "expect",
     "export_domain",
     "find_bn_layers",
     "finetune",
@@ -95,6 +97,7 @@ _HOMES = {
     "convert_sync_bn": "bnfinetune.bn.policy.sync",
     "describe_bn": "bnfinetune.bn.policy.table",
     "domain": "bnfinetune.bn.policy.domains",
+    "expect": "bnfinetune.diagnose.expected",
     "export_domain": "bnfinetune.bn.policy.domains",
     "find_bn_layers": "bnfinetune.bn.layers",
     "finetune": "bnfinetune.training.run",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,9 @@ from bnfinetune.errors import LayerError, SelectionError
 
 if TYPE_CHECKING:
     from bnfinetune.diagnose.trace import Trace
+
+EXPECTED = "_bn_expected"
+"""Attribute of a BN layer: codes of the rules that it breaks on purpose."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,7 @@ class Case:
         loader: what feeds it in training.
         context: what else is known.
         trace: what was seen while some steps ran; None for a judgement of the set-up alone.
+        passed_over: BN layers that are not judged, as they do on purpose what a rule looks for.
     """
 
     model: nn.Module
@@ -63,6 +67,15 @@ class Case:
     loader: Any = None
     context: Context = field(default_factory=Context)
     trace: Trace | None = None
+    passed_over: frozenset[str] = frozenset()
+
+    def without(self, names: Iterable[str]) -> Case:
+        """The same case as if it did not have these layers; globs still pass by them."""
+        passed_over = frozenset(names)
+        if not passed_over:
+            return self
+        trace = None if self.trace is None else self.trace.without(passed_over)
+        return replace(self, trace=trace, passed_over=passed_over)
 
     def has(self, needs: Iterable[str]) -> bool:
         """Whether the evidence that a rule needs was given."""
@@ -77,6 +90,11 @@ class Case:
 
     @cached_property
     def layers(self) -> dict[str, Any]:  # Any, because nn.Module has no `running_mean`
+        """BN layers to judge, by name."""
+        return {name: layer for name, layer in self.every_layer.items() if name not in self.passed_over}
+
+    @cached_property
+    def every_layer(self) -> dict[str, Any]:
         """BN layers by name; empty only where the model replaced those of a `source`."""
         try:
             return find_bn_layers(self.model)
@@ -98,7 +116,7 @@ class Case:
 
     def globs(self, names: Iterable[str]) -> str:
         """Source text of an argument that selects exactly these BN layers, such as `["layer1.*", "bn1"]`."""
-        globs = as_globs(list(names), list(self.layers))
+        globs = as_globs(list(names), list(self.every_layer))
         return f'"{globs[0]}"' if len(globs) == 1 else "[{}]".format(", ".join(f'"{glob}"' for glob in globs))
 
     def call(self, function: str, names: Iterable[str], *arguments: str) -> str:
@@ -213,6 +231,12 @@ class Case:
         """
         size = self.context.input_size or (getattr(self.bare, "pretrained_cfg", None) or {}).get("input_size")
         return {} if size is None else _values_per_image(self.bare, self.layers, tuple(size))
+
+
+def expected_of(layer: nn.Module) -> frozenset[str]:
+    """Codes of the rules that a layer breaks on purpose; see `expect`."""
+    codes: Iterable[str] = layer.__dict__.get(EXPECTED, ())
+    return frozenset(codes)
 
 
 @torch.no_grad()

@@ -9,6 +9,9 @@ from torch import nn
 
 from bnfinetune.diagnose.case import Case
 
+FEW_IMAGES = 8
+"""Fewer images than this say too little about statistics."""
+
 
 def trains_only_head(case: Case) -> bool:
     """Whether no parameter outside the classifier trains, so that the network serves as a fixed encoder."""

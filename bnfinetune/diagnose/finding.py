@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -53,10 +53,20 @@ class Finding:
 
 
 class Findings(SavedReport, list[Finding]):
-    """Findings, the gravest first; prints as a table, saves as JSON."""
+    """Findings, the gravest first; prints as a table, saves as JSON.
 
-    def __init__(self, findings: Iterable[Finding] = ()) -> None:
+    Attributes:
+        unjudged: what each rule would have needed to look at, for rules that had nothing to judge by.
+    """
+
+    def __init__(self, findings: Iterable[Finding] = (), unjudged: Mapping[str, str] | None = None) -> None:
         super().__init__(sorted(findings, key=lambda found: (SEVERITIES.index(found.severity), found.code)))
+        self.unjudged: dict[str, str] = dict(sorted((unjudged or {}).items()))
+
+    def joined(self, others: Findings) -> Findings:
+        """These findings and others of the same model, each once; a rule that judged in either has judged."""
+        both = self.unjudged.keys() & others.unjudged.keys()
+        return Findings(dict.fromkeys([*self, *others]), {code: others.unjudged[code] for code in both})
 
     @property
     def exit_code(self) -> int:
@@ -64,10 +74,11 @@ class Findings(SavedReport, list[Finding]):
         return int(any(found.severity == "error" for found in self))
 
     def to_dict(self) -> dict[str, Any]:
-        """The findings as dicts, each with its rule's page, and the exit code."""
+        """The findings as dicts, each with its rule's page, the exit code, and what could not be judged."""
         return {
             "exit_code": self.exit_code,
             "findings": [plain(asdict(found)) | {"page": found.page} for found in self],
+            "unjudged": dict(self.unjudged),
         }
 
     def __str__(self) -> str:
@@ -85,7 +96,8 @@ def render(
 
     Args:
         findings: what `check_bn` or `watch_bn` found.
-        format: `table` for people; `json`, a list of objects; `lines`, one `code layers message` per line.
+        format: `table` for people; `json`, a list of objects; `lines`, one `code layers message` per line. The first
+            and the last of these end with a line about rules that had nothing to judge by, where there are some.
         width: columns of the table.
         color: mark severities of the table with terminal colours.
 
@@ -94,11 +106,20 @@ def render(
     """
     if format == "json":
         return json.dumps([asdict(found) | {"page": found.page} for found in findings], indent=2)
-    if format == "lines":
-        return "\n".join(_line(found) for found in findings)
-    if format != "table":
+    if format not in ("lines", "table"):
         raise ValueError(f"format={format!r} is not one of {', '.join(FORMATS)}")
-    return _table(findings, width, color) if findings else "no BatchNorm pitfall found"
+    silent = _silence(getattr(findings, "unjudged", {}))
+    if format == "lines":
+        return "\n".join([*map(_line, findings), *silent])
+    return "\n\n".join([_table(findings, width, color) if findings else "no BatchNorm pitfall found", *silent])
+
+
+def _silence(unjudged: Mapping[str, str]) -> list[str]:
+    """The line that keeps silence for want of evidence from being read as an all-clear; none if all was judged."""
+    if not unjudged:
+        return []
+    lacking = ", ".join(dict.fromkeys(unjudged.values()))
+    return [f"{len(unjudged)} rule{'s' if len(unjudged) > 1 else ''} had nothing to look at: {lacking}"]
 
 
 def _line(found: Finding) -> str:

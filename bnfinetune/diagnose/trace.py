@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from torch import Tensor
@@ -43,10 +43,12 @@ class Forward:
         step: optimizer updates done before it.
         training: mode of the model.
         grad: whether gradients were recorded.
+        images: how many samples the first tensor of the input holds; 0 if there is none.
         size: height of the images, if they are images.
         fingerprint: some values of the input, to tell a repeated batch from a new one; None if it had no tensor.
         mean: mean of each input channel over a sample of pixels.
         std: standard deviation of the same sample.
+        between: variance of the images' own means of each input channel.
         updated: whether any BN layer updated its statistics in it.
         domain: whose statistics these were; None for the layers' own.
         foreign: whether an evaluation with the weights that `optimizer.eval()` put in, and statistics of those before.
@@ -57,10 +59,12 @@ class Forward:
     step: int
     training: bool
     grad: bool
+    images: int = 0
     size: int | None = None
     fingerprint: Tensor | None = None
     mean: Tensor | None = None
     std: Tensor | None = None
+    between: Tensor | None = None
     updated: bool = False
     domain: str | None = None
     foreign: bool = False
@@ -75,7 +79,7 @@ class Forward:
 
 @dataclass
 class Gap:
-    """The last training batch once more, as training and as evaluation normalise it.
+    """A batch of the loop once more, as training and as evaluation normalise it.
 
     Attributes:
         images: how many images it holds.
@@ -92,6 +96,11 @@ class Gap:
     layers: dict[str, LayerDrift]
     live: dict[str, LayerDrift]
 
+    def without(self, names: Collection[str]) -> Gap:
+        """The same without these layers."""
+        layers, live = ({n: each for n, each in of.items() if n not in names} for of in (self.layers, self.live))
+        return replace(self, layers=layers, live=live)
+
 
 @dataclass
 class Trace:
@@ -103,7 +112,10 @@ class Trace:
         steps: optimizer updates.
         unanswered: most training forwards in a row before a backward.
         adapts: whether only BN parameters train, as in test-time adaptation.
-        gap: the last training batch under both normalisations, if it could be run again.
+        gaps: the last training batches under both normalisations, the newest first, if they could be run again.
+        held_out: the same for the last batch that was evaluated, if it was large enough.
+        no_gap: why `gaps` is empty.
+        warming: layers whose running statistics still hold much of their construction.
     """
 
     layers: dict[str, LayerCalls] = field(default_factory=dict)
@@ -111,7 +123,30 @@ class Trace:
     steps: int = 0
     unanswered: int = 0
     adapts: bool = False
-    gap: Gap | None = None
+    gaps: list[Gap] = field(default_factory=list)
+    held_out: Gap | None = None
+    no_gap: str = "no training batch that was run again"
+    warming: tuple[str, ...] = ()
+
+    @property
+    def gap(self) -> Gap | None:
+        """The training batch that both normalisations agree on best: mixed or odd ones are not the measure."""
+        return min(self.gaps, key=lambda gap: gap.distance, default=None)
+
+    def without(self, names: Collection[str]) -> Trace:
+        """What was seen of all layers but these."""
+        layers = {name: calls for name, calls in self.layers.items() if name not in names}
+        return replace(self, layers=layers, gaps=[gap.without(names) for gap in self.gaps])
+
+    @property
+    def trained(self) -> bool:
+        """Whether a training forward was seen."""
+        return any(forward.trains for forward in self.forwards)
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether an evaluation was seen: a forward without gradients."""
+        return any(not forward.grad for forward in self.forwards)
 
     def sizes(self) -> tuple[int | None, int | None]:
         """Height of the images in the last training forward and in the last evaluation."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import takewhile
@@ -14,16 +15,26 @@ from torch import Tensor, nn
 
 from bnfinetune.bn.folding.fold import unfolded
 from bnfinetune.bn.layers import bn_class, find_bn_layers, is_scripted, require_known
-from bnfinetune.bn.policy.switched_layer import SwitchedBN
+from bnfinetune.bn.policy.switched_layer import SwitchedBN, switches_of
 from bnfinetune.bn.population import population_of, recomputing
 from bnfinetune.bn.statistics.precise import evaluation_mode
 from bnfinetune.bn.statistics.recorder import recording
 from bnfinetune.diagnose.case import Case, Context
 from bnfinetune.diagnose.compare import LayerDrift, drifts, observing
+from bnfinetune.diagnose.facts import FEW_IMAGES, is_untouched
 from bnfinetune.diagnose.finding import Findings
+from bnfinetune.diagnose.prediction import first_tensor, prediction_of
 from bnfinetune.diagnose.registry import known_codes, run_rules
 from bnfinetune.diagnose.trace import Forward, Gap, LayerCalls, Trace
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments and keyword arguments of a forward."""
+
+MOST_CONSTRUCTION = 0.01
+"""Share of the mean 0 and variance 1 of construction that running statistics lose first; 44 updates by momentum 0.1."""
+
+_TRAINED = 1000  # updates after which statistics are taken for trained, whatever momentum is now
+_BATCHES = 4  # that are run again: of so many, hardly all are mixed by halves
 _SAMPLE = 32  # pixels a side that input statistics are taken of
 _PRINT = 64  # values that tell one batch from another
 
@@ -31,20 +42,20 @@ _PRINT = 64  # values that tell one batch from another
 class watch_bn:  # noqa: N801  (a function to its users, as `torch.no_grad` is)
     """Watches BN layers while some steps of any loop run, and judges them by the doctor's dynamic rules.
 
-    Light hooks count calls, updates and passes; nothing is computed on activations. On leaving, the last training batch
-    is run twice more, in evaluation mode and without gradients, to compare what training and evaluation make of it;
-    modes, statistics and random states are as before. After an exception in the block the findings are there too, and
-    the exception goes on.
+    Light hooks count calls, updates and passes; nothing is computed on activations. On leaving, the last four training
+    batches and one that was evaluated, to which references are kept, are run twice more, in evaluation mode and without
+    gradients, to compare what training and evaluation make of them; modes, statistics and random states are as before.
+    After an exception in the block the findings are there too, and the exception goes on.
 
     Args:
         model: any module with BN layers, wrapped or not. Inside `torch.compile` only whole forwards can be seen.
         optimizer: what trains it; without one, every backward counts as a step.
         process_group: ranks to compare at the end; a collective, so all of them must watch.
         ignore: codes of rules to leave out.
-        rerun: whether to run the last batch again on leaving.
+        rerun: whether to run the last batches again on leaving.
 
     Attributes:
-        findings: what was found; empty until the block is left.
+        findings: what was found, and in `unjudged` what too little was seen for; empty until the block is left.
         trace: what was seen.
 
     Example:
@@ -86,7 +97,7 @@ class watch_bn:  # noqa: N801  (a function to its users, as `torch.no_grad` is)
         self._handles.close()
         assert self._watcher is not None
         if error is None and self._rerun:
-            self.trace.gap = self._watcher.gap()
+            self._watcher.run_again()
         case = Case(self._case.model, self._case.optimizer, context=self._case.context, trace=self.trace)
         if error is not None:  # the other ranks may not get here
             case = Case(case.model, case.optimizer, trace=self.trace)
@@ -113,7 +124,9 @@ class _Watcher:
         self._trained: list[int] = []  # versions of the statistics after the last training forward
         self._now: Forward | None = None
         self._open = 0
-        self._last: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._recent: deque[Call] = deque(maxlen=_BATCHES)
+        self._evaluated: Call | None = None
+        self._start = {name: updates_before(layer) for name, layer in self._layers.items()}
 
     @contextmanager
     def hooks(self, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
@@ -154,28 +167,32 @@ class _Watcher:
             return
         grad = torch.is_grad_enabled()
         forward = Forward(self._trace.steps, self._bare.training, grad)
-        image = _first_tensor((args, kwargs))
-        if image is not None:
+        image = first_tensor((args, kwargs))
+        if image is not None and image.ndim:
             _describe_input(forward, image)
         if not forward.training and evaluates_others(self._optimizer):
             forward.foreign = not self._computed_anew()
         self._trace.forwards.append(forward)
         self._now = forward
         if forward.trains:
-            self._last = args, kwargs
+            self._recent.appendleft((args, kwargs))
+        elif not forward.training and not grad and forward.images >= FEW_IMAGES:
+            self._evaluated = args, kwargs
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward, self._now = self._now, None
         if forward is not None and forward.trains:
             self._trained = self._versions()
-        out = _first_tensor(output)
-        if forward is None or out is None:
+        if forward is None:
             return
-        if out.requires_grad:
+        out = prediction_of(output, forward.images)
+        # A loss that the model computes itself may be left aside by the loop; what it predicts is hardly.
+        learns = out if out is not None and out.requires_grad else first_tensor(output, lambda t: t.requires_grad)
+        if learns is not None:
             self._open += 1
             self._trace.unanswered = max(self._trace.unanswered, self._open)
-            out.register_hook(lambda _: self._backward(forward))
-        if self._trace.adapts and out.ndim == 2 and out.shape[1] > 1:
+            learns.register_hook(lambda _: self._backward(forward))
+        if self._trace.adapts and out is not None and out.ndim == 2 and out.shape[1] > 1:
             forward.predicted = torch.bincount(out.detach().argmax(1), minlength=out.shape[1])
 
     def _computed_anew(self) -> bool:
@@ -204,40 +221,82 @@ class _Watcher:
         self._trace.steps += 1
 
     @torch.no_grad()
-    def gap(self) -> Gap | None:
-        """Runs the last training batch as evaluation and as training normalise it; None if there was none."""
-        images = None if self._last is None else _first_tensor(self._last)
+    def run_again(self) -> None:
+        """Runs the last batches as evaluation and as training normalise them, and notes what came of it."""
+        self._trace.warming = self._warming()
+        if not self._recent:
+            return
+        try:
+            gaps = [self._gap(call) for call in self._recent]
+            self._trace.held_out = None if self._evaluated is None else self._gap(self._evaluated)
+        except Exception as error:  # a model may refuse its training input in evaluation mode in any way
+            warnings.warn(
+                f"watch_bn could not run the last batches again, so BN201 and BN203 are left out: {error}", stacklevel=4
+            )
+            return
+        self._trace.gaps = [gap for gap in gaps if gap is not None]
+        self._trace.no_gap = "no prediction with a row for each image"
+
+    def _gap(self, call: Call) -> Gap | None:
+        """One batch under both normalisations; None if it holds no images, or the model predicts nothing of each."""
+        images = first_tensor(call)
         if images is None or images.ndim == 0:
             return None
         tracked = {name: layer for name, layer in self._layers.items() if population_of(layer).stats is not None}
         live = {name: layer for name, layer in tracked.items() if self._trace.layers[name].updating}
-        try:
-            with evaluation_mode(self._bare), unfolded(self._bare), _same_draws(images.device):
-                evaluated, by_running = self._again(tracked, len(images))
-                with recording(live, keep=False):
-                    trained, by_batch = self._again(live, len(images))
-        except Exception as error:  # a model may refuse its training input in evaluation mode in any way
-            warnings.warn(
-                f"watch_bn could not run the last batch again, so BN201 and BN203 are left out: {error}", stacklevel=4
-            )
-            return None
+        with evaluation_mode(self._bare), unfolded(self._bare), _same_draws(images.device):
+            evaluated, by_running = self._again(call, tracked, len(images))
+            with recording(live, keep=False):
+                trained, by_batch = self._again(call, live, len(images))
         if evaluated is None or trained is None:
             return None
         return Gap(len(images), *difference(evaluated, trained), by_running, by_batch)
 
-    def _again(self, layers: dict[str, nn.Module], images: int) -> tuple[Tensor | None, dict[str, LayerDrift]]:
-        assert self._last is not None
-        args, kwargs = self._last
+    def _again(
+        self, call: Call, layers: dict[str, nn.Module], images: int
+    ) -> tuple[Tensor | None, dict[str, LayerDrift]]:
+        args, kwargs = call
         with observing(layers) as seen:
             seen.images = images
             output = self._bare(*args, **kwargs)
-        return _first_tensor(output), drifts(layers, seen)
+        return prediction_of(output, images), drifts(layers, seen)
+
+    def _warming(self) -> tuple[str, ...]:
+        """Layers that train and whose running statistics still hold much of the mean 0 and variance 1 of the start."""
+        return tuple(
+            name
+            for name, calls in self._trace.layers.items()
+            if calls.updating and is_warming(self._layers[name], self._start[name], calls.updating + calls.silent)
+        )
 
 
 def evaluates_others(optimizer: torch.optim.Optimizer | None) -> bool:
     """Whether an optimizer has put other weights in the place of those that it trains, as schedule-free ones do."""
     groups = [] if optimizer is None or not callable(getattr(optimizer, "eval", None)) else optimizer.param_groups
     return any(group.get("train_mode") is False for group in groups)
+
+
+def updates_before(layer: Any) -> int | None:
+    """Updates of the running statistics since construction; None where they come from a source that did not count."""
+    if is_scripted(layer) or layer.running_mean is None:
+        return None
+    if is_untouched(layer):
+        return 0
+    counter = getattr(layer, "num_batches_tracked", None)
+    return int(counter) or None if counter is not None else None
+
+
+def is_warming(layer: nn.Module, before: int | None, since: int) -> bool:
+    """Whether more of the running statistics' construction is left after so many updates than may be.
+
+    After T updates with momentum m, mean 0 and variance 1 still have the weight (1 - m)^T. Momentum may have been
+    another once, so that from some number of updates on the layer is taken for trained.
+    """
+    momentum = getattr(layer, "momentum", None)
+    cumulative = isinstance(layer, SwitchedBN) and switches_of(layer).update_stats == "cumulative"
+    if before is None or before >= _TRAINED or momentum is None or cumulative:
+        return False
+    return bool((1 - momentum) ** (before + since) > MOST_CONSTRUCTION)
 
 
 def updates_now(layer: nn.Module, *, recompute: bool = False) -> bool:
@@ -265,24 +324,11 @@ def _same_draws(device: torch.device) -> AbstractContextManager[Any]:
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
-def _first_tensor(value: Any) -> Tensor | None:
-    """The first floating-point tensor in nested arguments or outputs."""
-    if isinstance(value, Tensor):
-        return value if value.is_floating_point() else None
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    if isinstance(value, tuple | list):
-        for each in value:
-            found = _first_tensor(each)
-            if found is not None:
-                return found
-    return None
-
-
 @torch.no_grad()
 def _describe_input(forward: Forward, image: Tensor) -> None:
     """Notes the size of a batch and a few of its values, without waiting for the device."""
     sample = image.detach()
+    forward.images = len(sample)
     if sample.ndim == 4:
         forward.size = sample.shape[-2]
         rows, columns = (max(side // _SAMPLE, 1) for side in sample.shape[-2:])
@@ -294,3 +340,5 @@ def _describe_input(forward: Forward, image: Tensor) -> None:
     if sample.ndim > 1:
         std, mean = torch.std_mean(sample.transpose(0, 1).flatten(1), 1)
         forward.mean, forward.std = mean, std
+        each = sample.flatten(2).mean(2) if sample.ndim > 2 else sample
+        forward.between = each.var(0, correction=0)

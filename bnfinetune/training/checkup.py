@@ -58,10 +58,9 @@ def check_recipe(recipe: Recipe, *, steps: int = 3, ignore: Sequence[str] = ()) 
         with watch_bn(trainer.forward, trainer.optimizer, ignore=ignore) as watch:
             trainer.fit(_no_pause)
         trace = watch.trace
-        found += check_set_up(
-            recipe, model, trainer.optimizer, updates=planned, ranks=ranks, trace=trace, ignore=ignore
+        return found.joined(
+            check_set_up(recipe, model, trainer.optimizer, updates=planned, ranks=ranks, trace=trace, ignore=ignore)
         )
-        return Findings(dict.fromkeys(found))
     finally:
         trainer.loaders.close()
 

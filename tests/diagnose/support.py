@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import timm
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -81,3 +84,13 @@ def paste(fix: str, **names: Any) -> dict[str, Any]:
     scope = {"bnf": bnf, "torch": torch, **names}
     exec(fix, scope)
     return scope
+
+
+@contextmanager
+def group_on_cpu() -> Iterator[None]:
+    """A process group of one, with a backend for CPUs."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

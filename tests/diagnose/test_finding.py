@@ -51,7 +51,8 @@ def test_forms(findings):
     assert [each["code"] for each in read] == [found.code for found in findings]
     assert read[0]["where"] == list(findings[0].where)
     lines = render(findings, "lines").splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
+    assert lines[-1].startswith(f"{len(findings.unjudged)} rules had nothing to look at: no number of steps, ")
     assert lines[0].split(maxsplit=2)[:2] == ["BN102", "layer1.*"]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import bnfinetune as bnf
-from tests.diagnose.support import FAMILIES, STAGE, codes, loader, network, sgd, train_step
+from tests.diagnose.support import FAMILIES, STAGE, codes, group_on_cpu, loader, network, sgd, train_step
 
 PATTERNS = {}
 
@@ -165,7 +165,8 @@ def _(_name):
 
 @pattern("SyncBatchNorm left in on the CPU", "BN404")
 def _(_name):
-    return bnf.check_bn(nn.SyncBatchNorm.convert_sync_batchnorm(network("resnet18")))
+    with group_on_cpu():
+        return bnf.check_bn(nn.SyncBatchNorm.convert_sync_batchnorm(network("resnet18")))
 
 
 # re-estimation

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
-from typing import Any
-
-import torch
-from torch.utils.data import DistributedSampler, SequentialSampler
 
 from bnfinetune.diagnose.case import Case
-from bnfinetune.diagnose.registry import Trouble, rule
+from bnfinetune.diagnose.reading import (
+    classes_per_batch,
+    drops_last,
+    images_per_pass,
+    is_shuffled_subset,
+    labels_of,
+    reads_in_order,
+    sampler_of,
+)
+from bnfinetune.diagnose.registry import Lacking, Trouble, rule
 
 LEFTOVER = 0.05
 """Largest weight that the statistics from before training may keep."""
@@ -21,6 +25,9 @@ FEW_IMAGES = 8
 ENOUGH_IMAGES = 32
 """From here on, more images per batch change little (Wu & Johnson 2021, table 2)."""
 
+CHOSEN_RATIO = 1.3
+"""Up to here, a larger size in evaluation makes up for training crops, which show things larger (FixRes, table 1)."""
+
 
 @rule(
     "BN202",
@@ -28,7 +35,7 @@ ENOUGH_IMAGES = 32
     "warning",
     why="What evaluation uses is an average that still carries the statistics from before training.",
 )
-def too_few_steps(case: Case) -> Iterator[Trouble]:
+def too_few_steps(case: Case) -> Iterator[Trouble | Lacking]:
     """**Symptom.** A huge evaluation loss early on, or on tiny sets at all times, although training goes well.
 
     **Cause.** After T updates with momentum m the old statistics keep the weight (1 - m)^T: with 0.1, 35 % after 10
@@ -44,6 +51,7 @@ def too_few_steps(case: Case) -> Iterator[Trouble]:
     ```
     """
     if case.context.steps is None:
+        yield Lacking("no number of steps")
         return
     updates = case.context.steps * case.context.grad_accum
     left = {n: (1 - m) ** updates for n in case.live if (m := getattr(case.layers[n], "momentum", None))}
@@ -70,7 +78,7 @@ def too_few_steps(case: Case) -> Iterator[Trouble]:
     why="One value per channel has no variance: PyTorch stops at the end of the epoch, often on one process only.",
     needs=("loader",),
 )
-def last_batch(case: Case) -> Iterator[Trouble]:
+def last_batch(case: Case) -> Iterator[Trouble | Lacking]:
     """**Symptom.** "Expected more than 1 value per channel when training", at the end of the first epoch.
 
     **Cause.** The number of images leaves one for the last batch, and a BN layer sees one value per image: it is 1d,
@@ -86,8 +94,9 @@ def last_batch(case: Case) -> Iterator[Trouble]:
     bnf.freeze_bn(model, affine=False)                                        # or: no batch statistics at all
     ```
     """
-    size, count, drops = case.batch_size, _length(case.loader), getattr(case.loader, "drop_last", False)
+    size, count, drops = case.batch_size, images_per_pass(case.loader), drops_last(case.loader)
     if size is None or count is None:
+        yield Lacking("no known length or batch size of the loader")
         return
     if drops and count < size:
         yield Trouble(
@@ -114,7 +123,7 @@ def last_batch(case: Case) -> Iterator[Trouble]:
     "warning",
     why="Mean and variance of a few images are noise, which training learns to rely on and evaluation does not have.",
 )
-def small_batch(case: Case) -> Iterator[Trouble]:
+def small_batch(case: Case) -> Iterator[Trouble | Lacking]:
     """**Symptom.** Noisy, unstable metrics; evaluation behind training.
 
     **Cause.** Each process normalises by its own images, and there are few of them: detection, video, large images.
@@ -130,6 +139,7 @@ def small_batch(case: Case) -> Iterator[Trouble]:
     ```
     """
     if case.batch_size is None:
+        yield Lacking("no batch size")
         return
     few = {n: images for n in case.live if (images := case.images_per_statistic(n)) is not None and images < FEW_IMAGES}
     if few:
@@ -183,14 +193,16 @@ def accumulation(case: Case) -> Iterator[Trouble]:
     why="Batches of one class have that class's statistics, and the running ones end up as those of the last block.",
     needs=("loader",),
 )
-def sorted_loader(case: Case) -> Iterator[Trouble]:
+def sorted_loader(case: Case) -> Iterator[Trouble | Lacking]:
     """**Symptom.** Training loss falls at once, evaluation is at chance; statistics follow the last images.
 
     **Cause.** The training loader does not shuffle, and image folders are sorted by class. The same holds for the data
     of a re-estimation.
 
-    **Found by.** A sequential sampler in the training loader. Where the set tells its labels (`targets` or `labels`),
-    only if its batches hold fewer than half of the classes that shuffled ones would.
+    **Found by.** A sequential sampler in the training loader, or a `DistributedSampler` that does not shuffle: the one
+    in its `batch_sampler` where it has one, also below Accelerate's wrappers. Where the set tells its labels (`targets`
+    or `labels`), only if its batches hold fewer than half of the classes that shuffled ones would. Streams, samplers of
+    other kinds and parts drawn by `random_split` are left alone.
 
     ```python
     loader = DataLoader(images, batch_size=32)                    # the pitfall
@@ -198,17 +210,19 @@ def sorted_loader(case: Case) -> Iterator[Trouble]:
     loader = DataLoader(images, batch_size=32, shuffle=True)      # repaired
     ```
     """
-    sampler = getattr(case.loader, "sampler", None)
-    sequential = isinstance(sampler, SequentialSampler)
-    if isinstance(sampler, DistributedSampler):
-        sequential = not sampler.shuffle
-    if not sequential or not case.live or case.batch_size is None:
+    sampler = sampler_of(case.loader)
+    if sampler is None:
+        yield Lacking("no known order of the loader")
         return
-    labels = _labels(case.loader.dataset)
+    if not reads_in_order(sampler) or not case.live or case.batch_size is None:
+        return
+    labels = labels_of(case.loader.dataset)
+    if labels is None and is_shuffled_subset(case.loader.dataset):
+        return
     if labels is None:
         measured = f"a {type(sampler).__name__} that does not shuffle; the set tells no labels"
     else:
-        found, expected = _classes_per_batch(labels, case.batch_size)
+        found, expected = classes_per_batch(labels, case.batch_size)
         if found >= expected / 2:
             return
         measured = f"a batch holds {found:.1f} classes on average; shuffled, it would hold {expected:.1f}"
@@ -222,14 +236,15 @@ def sorted_loader(case: Case) -> Iterator[Trouble]:
     why="Activation statistics change with the size of what is seen, and evaluation uses those of the training size.",
     rewatched=True,
 )
-def other_resolution(case: Case) -> Iterator[Trouble]:
+def other_resolution(case: Case) -> Iterator[Trouble | Lacking]:
     """**Symptom.** Evaluating at another resolution than training costs accuracy, most of all with global pooling.
 
     **Cause.** Touvron et al. (2019, "Fixing the train-test resolution discrepancy"): apparent sizes and the statistics
     after pooling change with resolution.
 
     **Found by.** `train_size` against `eval_size`, or the sizes that watched forwards had in either mode, where
-    statistics follow training.
+    statistics follow training: more than a tenth apart. Evaluation at up to 1.3 times the training size is left alone:
+    random crops are enlarged in training, and reference recipes (176 and 224) make up for that on purpose.
 
     ```python
     bnf.check_bn(model, train_size=160, eval_size=224)      # the pitfall
@@ -244,7 +259,10 @@ def other_resolution(case: Case) -> Iterator[Trouble]:
     train, evaluated = case.context.train_size, case.context.eval_size
     if case.trace is not None:
         train, evaluated = case.trace.sizes()
-    if train and evaluated and abs(train - evaluated) > 0.1 * evaluated and case.live:
+    if not (train and evaluated):
+        yield Lacking(_missing_size(case, train))
+        return
+    if not _is_chosen(train, evaluated) and case.live:
         yield Trouble(
             tuple(case.live),
             f"trained at {train} and evaluated at {evaluated} pixels",
@@ -254,36 +272,19 @@ def other_resolution(case: Case) -> Iterator[Trouble]:
         )
 
 
-def _length(loader: Any) -> int | None:
-    """Images that one pass of the loader reads on this process."""
-    try:
-        return len(loader.sampler)
-    except (AttributeError, TypeError):
-        return None
+def _missing_size(case: Case, train: int | None) -> str:
+    if case.trace is None:
+        return "no image sizes"
+    return "no evaluation batch of images" if train else "no training batch of images"
 
 
-def _labels(dataset: Any) -> torch.Tensor | None:
-    """Class numbers of a whole set that tells them: torchvision's `targets`, `labels`, or a `TensorDataset`."""
-    for key in ("targets", "labels"):
-        labels = getattr(dataset, key, None)
-        if labels is not None and len(labels) == len(dataset):
-            with suppress(TypeError, ValueError, RuntimeError):  # names instead of numbers, or no plain list
-                return torch.as_tensor(labels).flatten()
-    tensors: list[torch.Tensor] = list(getattr(dataset, "tensors", ()))
-    whole = len(tensors) > 1 and tensors[-1].ndim == 1 and not tensors[-1].is_floating_point()
-    return tensors[-1] if whole else None
-
-
-def _classes_per_batch(labels: torch.Tensor, size: int) -> tuple[float, float]:
-    """Mean number of classes in batches in stored order, and in shuffled ones."""
-    batches = list(labels.split(size))
-    found = sum(len(batch.unique()) for batch in batches) / len(batches)
-    shares = labels.unique(return_counts=True)[1].double() / len(labels)
-    return found, float((1 - (1 - shares) ** min(size, len(labels))).sum())
+def _is_chosen(train: int, evaluated: int) -> bool:
+    """Whether two sizes are equal, or as far apart as recipes set them on purpose."""
+    return abs(train - evaluated) <= 0.1 * evaluated or train < evaluated <= CHOSEN_RATIO * train
 
 
 def _rebuilt_loader(case: Case, **changes: bool) -> str:
-    arguments = {"shuffle": not isinstance(getattr(case.loader, "sampler", None), SequentialSampler)} | changes
+    arguments = {"shuffle": not reads_in_order(sampler_of(case.loader))} | changes
     given = ", ".join(f"{key}={value}" for key, value in arguments.items() if value)
     comma = ", " if given else ""
     return f"loader = torch.utils.data.DataLoader(loader.dataset, batch_size={case.batch_size}{comma}{given})"

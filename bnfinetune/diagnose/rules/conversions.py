@@ -40,6 +40,8 @@ def replaced_under_policy(case: Case) -> Iterator[Trouble]:
     """
     groups: dict[Switches, list[str]] = {}
     for name, switches in replaced_layers(case.model).items():
+        if name in case.passed_over:
+            continue
         groups.setdefault(switches, []).append(name)
     for switches, names in groups.items():
         settings = [f'{switch}="{value}"' for switch, value in switches._asdict().items()]

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 from bnfinetune.diagnose.case import Case
+from bnfinetune.diagnose.chance import chance_beyond
 from bnfinetune.diagnose.drift_report import FOREIGN
-from bnfinetune.diagnose.registry import Trouble, rule
+from bnfinetune.diagnose.facts import FEW_IMAGES
+from bnfinetune.diagnose.registry import Lacking, Trouble, rule
 from bnfinetune.diagnose.trace import Forward, Trace
 
 MOST_DISTANCE = 0.3
 """Total variation distance above which evaluation and training are taken to predict different things."""
 
-FEW_IMAGES = 8
-"""Fewer images than this say too little about statistics."""
+FEW_BATCHES = 2
+"""One batch alone may be an odd one: mixed images, one class, the rest of an epoch."""
+
+FALSE_ALARMS = 0.01
+"""Share of sound watches in which BN209 may speak, over all channels and places in the step."""
+
+ENOUGH_SAMPLES = 12
+"""Images at each place of the step from which on their means are taken for near enough to normal."""
 
 _COLLAPSED = 0.8
+_TOO_FEW = f"fewer than {FEW_BATCHES} training batches of {FEW_IMAGES} images"
 
 
 @rule(
@@ -28,15 +38,21 @@ _COLLAPSED = 0.8
     why="Training normalises by the batch and evaluation by running statistics that do not describe these activations.",
     needs=("trace",),
 )
-def gap_of_modes(case: Case) -> Iterator[Trouble]:
+def gap_of_modes(case: Case) -> Iterator[Trouble | Lacking]:
     """**Symptom.** Training accuracy is good, evaluation is terrible, even on the training images.
 
-    **Cause.** Running statistics that do not describe the present activations: warmed too little, taken of other data,
-    copied over, or from before the weights moved.
+    **Cause.** Running statistics that do not describe the present activations: taken of other data, copied over, or
+    from before the weights moved.
 
-    **Found by.** The last watched batch of 8 or more images, twice in evaluation mode, once with running statistics and
-    once with its own: mean total variation distance of the predicted distributions above 0.3. Layers come in the
-    order of their distance, seen as training normalises, so that a fault is not charged to the layers after it.
+    **Found by.** The last watched batches, two to four of 8 or more images, each twice in evaluation mode, once with
+    running statistics and once with its own: mean total variation distance of the predicted distributions above 0.3
+    in every one of them, as mixup and cutmix make single batches differ from the average, and in the last batch that
+    was evaluated, if one was; and a layer that is off by more than the statistics of such a batch vary by themselves.
+    What is compared is the model's prediction: the `logits` of an output with fields, else
+    its first tensor with a row per image; never a loss. Statistics that still hold more than 1 % of their construction
+    (44 updates with momentum 0.1) are warming up and not judged; BN202 tells whether the plan is long enough. Layers
+    come in the order of their distance, seen as training normalises, so that a fault is not charged to the layers
+    after it.
 
     ```python
     with bnf.watch_bn(model, optimizer) as watch:
@@ -46,17 +62,29 @@ def gap_of_modes(case: Case) -> Iterator[Trouble]:
     bnf.precise_bn(model, loader, num_batches=100)          # repaired: statistics of the present weights and data
     ```
     """
-    gap = case.trace.gap if case.trace else None
-    if gap is None or gap.images < FEW_IMAGES or gap.distance <= MOST_DISTANCE:
+    assert isinstance(case.trace, Trace)
+    gaps = [gap for gap in case.trace.gaps if gap.images >= FEW_IMAGES]
+    if len(gaps) < FEW_BATCHES:
+        yield Lacking(_TOO_FEW if case.trace.gaps else case.trace.no_gap)
         return
+    if case.trace.warming:
+        yield Lacking("running statistics that have warmed up")
+        return
+    held_out = case.trace.held_out
+    if any(each.distance <= MOST_DISTANCE for each in (*gaps, *([] if held_out is None else [held_out]))):
+        return
+    gap = min(gaps, key=lambda each: each.distance)
     ranked = sorted(gap.live, key=lambda name: -gap.live[name].drift)
-    worst = [name for name in ranked if gap.live[name].drift > gap.live[ranked[0]].drift / 2]
-    if worst:
+    loud = [name for name in ranked if gap.live[name].drift > gap.live[name].noise(gap.images)]
+    worst = [name for name in loud if gap.live[name].drift > gap.live[loud[0]].drift / 2]
+    if not worst:
+        yield Lacking("training batches of enough images to tell their noise from a fault")
+    else:
         agreement = "" if gap.agreement is None else f", {gap.agreement:.0%} of {gap.images} images of equal class"
         yield Trouble(
             tuple(worst),
-            f"distance of the predictions {gap.distance:.2f}{agreement}; {worst[0]} is off by "
-            f"{gap.live[worst[0]].drift:.2g} standard deviations",
+            f"distance of the predictions {gap.distance:.2f}{agreement}, and no less in {len(gaps) - 1} other batches; "
+            f"{worst[0]} is off by {gap.live[worst[0]].drift:.2g} standard deviations",
             "bnf.precise_bn(model, loader, num_batches=min(len(loader), 100))",
         )
 
@@ -68,14 +96,14 @@ def gap_of_modes(case: Case) -> Iterator[Trouble]:
     why="Each channel leaves the layer shifted and scaled against what the weights that follow were trained on.",
     needs=("trace",),
 )
-def foreign_statistics(case: Case) -> Iterator[Trouble]:
+def foreign_statistics(case: Case) -> Iterator[Trouble | Lacking]:
     """**Symptom.** Freezing hurts; a frozen backbone is much worse than a live one.
 
     **Cause.** Statistics of the source domain normalise images of another: other sensors, colours, contrast.
 
-    **Found by.** The last watched batch of 8 or more images: layers that trained with fixed statistics and whose
-    inputs are off by more than 0.75 standard deviations (Wasserstein distance, root mean square over channels weighed
-    by weight squared), beyond what so few images vary by themselves.
+    **Found by.** The last watched batches of 8 or more images, up to four: layers that trained with fixed statistics
+    and whose inputs are off by more than 0.75 standard deviations in each (Wasserstein distance, root mean square over
+    channels weighed by weight squared), beyond what so few images vary by themselves.
 
     ```python
     bnf.freeze_bn(model)                                                       # the pitfall, on shifted images
@@ -83,11 +111,13 @@ def foreign_statistics(case: Case) -> Iterator[Trouble]:
     bnf.precise_bn(model, loader, num_batches=100, include_frozen=True)        # repaired: frozen at target statistics
     ```
     """
-    gap = case.trace.gap if case.trace else None
-    if gap is None or gap.images < FEW_IMAGES:
-        return
-    off = {name: each.drift for name, each in gap.layers.items() if name not in gap.live and case.is_fixed(name)}
-    off = {name: drift for name, drift in off.items() if drift > FOREIGN}
+    assert isinstance(case.trace, Trace)
+    gaps = [gap for gap in case.trace.gaps if gap.images >= FEW_IMAGES]
+    fixed = [name for name, calls in case.trace.layers.items() if not calls.updating and case.is_fixed(name)]
+    if fixed and not gaps:
+        yield Lacking(f"no training batch of {FEW_IMAGES} images" if case.trace.gaps else case.trace.no_gap)
+    seen = {name: [gap.layers[name].drift for gap in gaps if name in gap.layers] for name in fixed}
+    off = {name: min(drifts) for name, drifts in seen.items() if drifts and min(drifts) > FOREIGN}
     if off:
         worst = max(off, key=lambda name: off[name])
         yield Trouble(
@@ -105,7 +135,7 @@ def foreign_statistics(case: Case) -> Iterator[Trouble]:
     why="Minimising entropy for too long is easiest by predicting one class for everything.",
     needs=("trace",),
 )
-def collapsing_adaptation(case: Case) -> Iterator[Trouble]:
+def collapsing_adaptation(case: Case) -> Iterator[Trouble | Lacking]:
     """**Symptom.** Accuracy rises, then falls below that of the unadapted model over repeated passes.
 
     **Cause.** Only BN weights and biases learn, from the model's own predictions, with too high a rate, too small
@@ -124,6 +154,8 @@ def collapsing_adaptation(case: Case) -> Iterator[Trouble]:
     assert isinstance(case.trace, Trace)
     counts = [each.predicted for each in case.trace.forwards if each.predicted is not None]
     if len(counts) < 6:
+        if case.trace.adapts:
+            yield Lacking("fewer than 6 forwards that predict classes")
         return
     first, last = _largest_share(counts[: -(-len(counts) // 10)]), _largest_share(counts[-(len(counts) // 3) :])
     if last > _COLLAPSED and last > 1.5 * first:
@@ -149,15 +181,16 @@ def _largest_share(counts: list[torch.Tensor]) -> float:
     why="Each kind is normalised by itself in training and by a mixture, or by the last kind, in evaluation.",
     needs=("trace",),
 )
-def mixed_domains(case: Case) -> Iterator[Trouble]:
+def mixed_domains(case: Case) -> Iterator[Trouble | Lacking]:
     """**Symptom.** Instability; evaluation follows the last forward; adversarial copies spoil clean accuracy.
 
     **Cause.** Several forwards per step, of source and target, of clean and adversarial images, update the same
     running statistics.
 
-    **Found by.** In 3 or more watched steps, forwards at different places in the step whose input means differ by more
-    than a quarter of a standard deviation, and always in the same sense. Different means within a step by chance are
-    not reported.
+    **Found by.** In 3 or more watched steps of different images, 12 or more at each place, forwards at different places
+    in the step whose input means differ by more than a quarter of a standard deviation, beyond chance by Student's t
+    over steps and over images, at a rate of false alarms of at most 1 % for a whole watch (Bonferroni over channels and
+    places).
 
     ```python
     loss = criterion(model(clean), labels) + criterion(model(adversarial), labels)     # the pitfall
@@ -173,7 +206,15 @@ def mixed_domains(case: Case) -> Iterator[Trouble]:
         described = [each for each in group if each.updated and each.mean is not None]
         for domain in {each.domain for each in described}:
             by_domain[domain].append([each for each in described if each.domain == domain])
-    offset, place = max((_largest_offset(steps) for steps in by_domain.values()), default=(0.0, 0))
+    whole = [kept for steps in by_domain.values() if (kept := _whole_steps(steps))]
+    judged = [steps for steps in whole if _is_enough(steps)]
+    if len(judged) < len(whole):
+        yield Lacking(f"fewer than 3 steps of several forwards, with {ENOUGH_SAMPLES} images at each place")
+    tests = sum(len(steps[0]) - 1 for steps in judged)
+    offsets = [
+        (_offset(steps, place, FALSE_ALARMS / tests), place) for steps in judged for place in range(1, len(steps[0]))
+    ]
+    offset, place = max(offsets, default=(0.0, 0))
     if offset > 0.25:
         updating = tuple(name for name, calls in case.trace.layers.items() if calls.updating)
         yield Trouble(
@@ -183,21 +224,75 @@ def mixed_domains(case: Case) -> Iterator[Trouble]:
         )
 
 
-def _largest_offset(steps: list[list[Forward]]) -> tuple[float, int]:
-    """The largest offset of a place in the step against the first, and that place."""
+def _whole_steps(steps: list[list[Forward]]) -> list[list[Forward]]:
+    """Steps of as many forwards as any, each of new images; none where a step has one forward."""
     places = max(map(len, steps))
-    whole = [group for group in steps if len(group) == places]
-    if len(whole) < 3:
-        return 0.0, 0
-    return max(((_offset(whole, place), place) for place in range(1, places)), default=(0.0, 0))
+    whole = [group for group in steps if len(group) == places > 1]
+    return [group for index, group in enumerate(whole) if not any(_is_repeated(group, old) for old in whole[:index])]
 
 
-def _offset(steps: list[list[Forward]], place: int) -> float:
-    """Distance of the input means at two places of a step, where it is surely none of chance; else 0."""
-    pairs = [(group[0], group[place]) for group in steps]
-    if any(a.mean is None or b.mean is None or a.mean.shape != b.mean.shape for a, b in pairs):
+def _is_repeated(group: list[Forward], old: list[Forward]) -> bool:
+    """Whether a step starts with the images of another: one batch over and over tells nothing about others."""
+    first, other = group[0].fingerprint, old[0].fingerprint
+    return first is not None and other is not None and first.shape == other.shape and torch.equal(first, other)
+
+
+def _is_enough(steps: list[list[Forward]]) -> bool:
+    return len(steps) >= 3 and all(
+        sum(each.images for each in place) >= ENOUGH_SAMPLES for place in zip(*steps, strict=True)
+    )
+
+
+def _offset(steps: list[list[Forward]], place: int, rate: float) -> float:
+    """Distance of the input means at a place of the step from those at the first, beyond chance; else 0.
+
+    Where the images are drawn alike, the differences of the two means have the expectation 0 in each channel. They must
+    be too far off for chance by two measures, of which each alone holds the rate for normal means: how steps differ,
+    which knows that the images of a batch may have much in common, and how images differ, which few steps that agree by
+    luck do not deceive.
+    """
+    first, other = (_place(steps, at) for at in (0, place))
+    if first is None or other is None or first.means.shape != other.means.shape:
         return 0.0
-    apart = torch.stack([(b.mean - a.mean) / a.std.clamp(min=1e-6) for a, b in pairs])  # type: ignore[operator, union-attr]
-    mean, error = apart.mean(0), apart.std(0) / len(pairs) ** 0.5
-    sure = mean.abs() > 4 * error
-    return float((mean.abs() * sure).max())
+    apart = other.means - first.means
+    distance, count = apart.mean(0).abs(), len(steps)
+    by_steps = _chances(distance, apart.var(0) / count, count - 1)
+    pooled = (first.squares + other.squares) / (first.images + other.images - 2)
+    by_images = _chances(distance, pooled * (1 / first.images + 1 / other.images), first.images + other.images - 2)
+    sure = torch.maximum(by_steps, by_images) < rate / len(distance)
+    return float((distance / first.spread)[sure].max()) if sure.any() else 0.0
+
+
+class _Place(NamedTuple):
+    """One place of the step over all steps, per channel.
+
+    Attributes:
+        means: (steps, C), of the input.
+        squares: (C,), squared deviations of the images' means from their common mean.
+        spread: (C,), standard deviation of the input.
+        images: in all steps.
+    """
+
+    means: torch.Tensor
+    squares: torch.Tensor
+    spread: torch.Tensor
+    images: int
+
+
+def _place(steps: list[list[Forward]], place: int) -> _Place | None:
+    """What the forwards at one place saw; None if their inputs have no channels in common."""
+    seen = [group[place] for group in steps]
+    columns = [[getattr(each, key) for each in seen] for key in ("mean", "between", "std")]
+    if any(value is None or value.shape != columns[0][0].shape for column in columns for value in column):
+        return None
+    means, between, stds = (torch.stack(column).double().cpu() for column in columns)
+    counts = torch.tensor([each.images for each in seen], dtype=torch.float64)[:, None]
+    common = (counts * means).sum(0) / counts.sum()
+    squares = (counts * (between + (means - common).square())).sum(0)
+    return _Place(means, squares, stds.mean(0).clamp(min=1e-6), int(counts.sum()))
+
+
+def _chances(distance: torch.Tensor, variance: torch.Tensor, freedom: int) -> torch.Tensor:
+    """Probability of distances at least so large by chance, for the given squares of their standard errors."""
+    scores = distance / variance.sqrt().clamp(min=1e-12)
+    return torch.tensor([chance_beyond(t, freedom) for t in scores.tolist()])

@@ -8,7 +8,7 @@ import torch
 
 from bnfinetune.diagnose.case import Case
 from bnfinetune.diagnose.facts import trains_only_head
-from bnfinetune.diagnose.registry import Trouble, rule
+from bnfinetune.diagnose.registry import Lacking, Trouble, rule
 from bnfinetune.diagnose.trace import Forward, Trace
 
 
@@ -124,7 +124,7 @@ def drifting_teacher(case: Case) -> Iterator[Trouble]:
     why="Validation in training mode writes its data into the statistics; training in evaluation mode stops them.",
     needs=("trace",),
 )
-def leaking_mode(case: Case) -> Iterator[Trouble]:
+def leaking_mode(case: Case) -> Iterator[Trouble | Lacking]:
     """**Symptom.** Validation changes the model; or training becomes silently different after the first validation.
 
     **Cause.** `model.eval()` before validation, or `model.train()` after it, is missing. (Repairing this has changed
@@ -162,6 +162,8 @@ def leaking_mode(case: Case) -> Iterator[Trouble]:
             f"{stuck} forwards with backward ran in evaluation mode after training had begun in training mode",
             "model.train()  # after validation",
         )
+    if not (leaking or stuck or case.trace.evaluated):
+        yield Lacking("no evaluation batch")
 
 
 @rule(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -103,7 +104,8 @@ def sync_on_cpu(case: Case) -> Iterator[Trouble]:
 
     **Cause.** The layers were converted for training and never back.
 
-    **Found by.** `nn.SyncBatchNorm` layers whose tensors are on the CPU.
+    **Found by.** `nn.SyncBatchNorm` layers whose tensors are on the CPU, once processes talk by a backend for CPUs
+    (gloo, MPI). Before that they may yet move: converting first and `model.to("cuda")` after is the common order.
 
     ```python
     model = timm.layers.convert_sync_batchnorm(model)                     # the pitfall on a CPU
@@ -115,6 +117,7 @@ def sync_on_cpu(case: Case) -> Iterator[Trouble]:
         name
         for name, layer in case.layers.items()
         if isinstance(layer, nn.SyncBatchNorm)
+        and _talks_on_cpu(layer.process_group)
         and any(t.device.type == "cpu" for t in (*layer.parameters(), *layer.buffers()))
     ]
     if stuck:
@@ -124,6 +127,13 @@ def sync_on_cpu(case: Case) -> Iterator[Trouble]:
             case.policy(stuck, 'train_stats="sync"'),
             "bn.train_stats=sync",
         )
+
+
+def _talks_on_cpu(group: Any) -> bool:
+    """Whether the processes of a group have met, with nothing but CPUs to exchange tensors of."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return dist.get_backend(group) in (dist.Backend.GLOO, dist.Backend.MPI)
 
 
 @rule(

@@ -48,7 +48,7 @@ def headline(setup: Assembly) -> list[str]:
 
 def checked(findings: Findings) -> list[str]:
     """Findings of the doctor, a line each."""
-    return [f"check  {line}" for line in render(findings, "lines").splitlines()]
+    return [f"check  {line}" for line in render(list(findings), "lines").splitlines()]
 
 
 def _length(setup: Assembly) -> str:
