@@ -21,9 +21,9 @@ from bnfinetune.bn.statistics.layer_statistics import require_values
 from bnfinetune.bn.statistics.moments import Moments, Rows
 from bnfinetune.bn.statistics.precise import evaluation_mode
 from bnfinetune.bn.statistics.recorder import drain, recording
-from bnfinetune.diagnose.compare import ImageRows, LayerDrift, compare, drifts, observing
 from bnfinetune.diagnose.drift_report import BATCH_SIZES, FITS, DriftReport, LayerReport, Regime
 from bnfinetune.diagnose.facts import is_untouched
+from bnfinetune.diagnose.layer_drift import ImageRows, LayerDrift, compare, drifts, observing
 from bnfinetune.errors import StatisticsError
 
 _CHUNK = 64

@@ -9,7 +9,7 @@ from itertools import groupby
 
 from torch import Tensor
 
-from bnfinetune.diagnose.compare import LayerDrift
+from bnfinetune.diagnose.layer_drift import LayerDrift
 
 MOST_FORWARDS = 4096
 

@@ -20,9 +20,9 @@ from bnfinetune.bn.population import population_of, recomputing
 from bnfinetune.bn.statistics.precise import evaluation_mode
 from bnfinetune.bn.statistics.recorder import recording
 from bnfinetune.diagnose.case import Case, Context
-from bnfinetune.diagnose.compare import LayerDrift, drifts, observing
 from bnfinetune.diagnose.facts import FEW_IMAGES, is_untouched
 from bnfinetune.diagnose.finding import Findings
+from bnfinetune.diagnose.layer_drift import LayerDrift, drifts, observing
 from bnfinetune.diagnose.prediction import first_tensor, prediction_of
 from bnfinetune.diagnose.registry import known_codes, run_rules
 from bnfinetune.diagnose.trace import Forward, Gap, LayerCalls, Trace

@@ -13,9 +13,9 @@ from torch.distributions import Normal, kl_divergence
 import bnfinetune as bnf
 from bnfinetune.bn.folding.fold import fold_report
 from bnfinetune.demo import load_characters
-from bnfinetune.diagnose.compare import observing
 from bnfinetune.diagnose.drift import inspect_bn
 from bnfinetune.diagnose.drift_report import BATCH_SIZES
+from bnfinetune.diagnose.layer_drift import observing
 from bnfinetune.diagnose.recommend import Situation
 from bnfinetune.diagnose.report import drift_page
 from tests.diagnose.support import FAMILIES, INNER, loader, network

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from bnfinetune.bn.layers import find_bn_layers, is_bn_layer
-from bnfinetune.diagnose.compare import Stored, moved, stored_of
 from bnfinetune.diagnose.drift import inspect_bn, layer_drifts
 from bnfinetune.diagnose.drift_report import DriftReport
+from bnfinetune.diagnose.layer_drift import Stored, moved, stored_of
 from bnfinetune.training.data.loaders import Loaders
 from bnfinetune.training.data.reading import Failure
 
