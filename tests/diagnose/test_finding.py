@@ -52,7 +52,7 @@ def test_forms(findings):
     assert read[0]["where"] == list(findings[0].where)
     lines = render(findings, "lines").splitlines()
     assert len(lines) == 4
-    assert lines[-1].startswith(f"{len(findings.unjudged)} rules had nothing to look at: no number of steps, ")
+    assert lines[-1].startswith(f"{len(findings.unjudged)} rules had nothing to look at: no optimizer, ")
     assert lines[0].split(maxsplit=2)[:2] == ["BN102", "layer1.*"]
 
 
