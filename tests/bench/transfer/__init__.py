@@ -33,6 +33,10 @@ WAYS = (
     *("full", "freeze_bn", "freeze_stats", "precise_bn", "precise_then_freeze", "bn_only", "lp_ft"),
     *("linear_probe", "freeze_tail", "stoch_norm", "plain PyTorch", "HF Trainer", "timm train.py"),
 )
+FEW = (
+    *("freeze_bn data.train_samples=50", "lp_ft data.train_samples=50"),
+    *("bn_only data.train_samples=50 optim.lr=1e-2", "linear_probe data.train_samples=50 optim.lr=1e-2"),
+)
 BATCHES = (16, 2)
 BENCH = "transfer"
 
@@ -53,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
         bar.set_postfix_str(f"{cell.way}, {cell.place}, seed {cell.seed}")
         if not _known(cell):  # another process may have made it meanwhile
             _keep(cell, run(cell, options.timm))
-    print(table := tables(BATCHES, WAYS))
+    print(table := tables(BATCHES, WAYS, FEW))
     what = "Top-1 on the test images in %: mean of the seeds, lowest and highest; 8 epochs of AdamW, 128 px"
     put_table(DOCS / "transfer.md", FOLDER / f"{BENCH}.json", table, what)
 

@@ -24,19 +24,29 @@ def scores(batch: int) -> Scores:
     }
 
 
-def tables(batches: Sequence[int], ways: Sequence[str]) -> str:
-    """Markdown, a table for each batch size: means of the seeds and, in brackets, the lowest and highest."""
-    return "\n\n".join(text for batch in batches if (text := _part(batch, scores(batch), ways)))
+def tables(batches: Sequence[int], ways: Sequence[str], few: Sequence[str]) -> str:
+    """Markdown, a table for each batch size: means of the seeds and, in brackets, the lowest and highest.
+
+    Args:
+        batches: images per update.
+        ways: those that are compared with each other.
+        few: others, with fewer training images, likewise; at the first batch size.
+    """
+    parts = [_part(f"Batches of {batch}", scores(batch), ways) for batch in batches]
+    return "\n\n".join(filter(None, [*parts, _part("Few training images", scores(batches[0]), few)]))
 
 
-def _part(batch: int, found: Scores, ways: Sequence[str]) -> str:
+def _part(title: str, everything: Scores, ways: Sequence[str]) -> str:
+    found = {place: {way: runs[way] for way in ways if way in runs} for place, runs in everything.items()}
+    found = {place: runs for place, runs in found.items() if runs}
     known = [way for way in ways if any(way in runs for runs in found.values())]
     if not known:
         return ""
+    reference = next(way for way in known if way.split()[0] == REFERENCE)
     head = ["way", *(place.rpartition(", ")[0] for place in found), f"against {REFERENCE}", "regret, mean", "worst"]
-    rows = [[f"`{way}`", *_cells(found, way), *_compared(found, way), *_regret(found, way)] for way in known]
+    rows = [[f"`{way}`", *_cells(found, way), *_compared(found, way, reference), *_regret(found, way)] for way in known]
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
-    return "\n".join([f"### Batches of {batch}", "", *lines])
+    return "\n".join([f"### {title}", "", *lines])
 
 
 def _cells(found: Scores, way: str) -> Iterator[str]:
@@ -45,10 +55,10 @@ def _cells(found: Scores, way: str) -> Iterator[str]:
         yield f"{mean(values):.1f} ({min(values):.1f}-{max(values):.1f})" if values else "-"
 
 
-def _compared(found: Scores, way: str) -> list[str]:
+def _compared(found: Scores, way: str, reference: str) -> list[str]:
     """The mean difference to the reference over tasks, backbones and seeds, with its 95 % confidence interval."""
-    differences = list(_differences(found, way, REFERENCE))
-    if way == REFERENCE or len(differences) < 2:
+    differences = list(_differences(found, way, reference))
+    if way == reference or len(differences) < 2:
         return ["-"]
     low, high = ttest_1samp(differences, 0.0).confidence_interval()
     return [f"{mean(differences):+.1f} ({low:+.1f} to {high:+.1f})"]
@@ -63,7 +73,8 @@ def _differences(found: Scores, way: str, other: str) -> Iterator[float]:
 def _regret(found: Scores, way: str) -> list[str]:
     """How far a way stays behind the best recipe of each task and backbone, in the mean over seeds."""
     behind = [max(map(_mean, runs.values())) - _mean(runs[way]) for runs in found.values() if way in runs]
-    return [f"{mean(behind):.1f}", f"{max(behind):.1f}"] if len(behind) == len(found) else ["-", "-"]
+    missing = len(found) - len(behind)
+    return [f"{mean(behind):.1f}{f' (of {len(behind)})' if missing else ''}", f"{max(behind):.1f}"]
 
 
 def _mean(runs: Mapping[str, float]) -> float:
