@@ -22,7 +22,6 @@ from torch.utils.data import (
 import bnfinetune as bnf
 from bnfinetune.bn.policy.switched_layer import switches_of
 from bnfinetune.demo import load_characters
-from bnfinetune.diagnose.chance import chance_beyond
 from bnfinetune.diagnose.finding import Findings, render
 from bnfinetune.diagnose.prediction import first_tensor
 from bnfinetune.diagnose.registry import all_rules
@@ -365,13 +364,6 @@ def test_one_batch_is_no_evidence(name):
 
 
 # chance
-
-
-@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 30, 101])
-def test_students_t_is_scipys(freedom):
-    stats = pytest.importorskip("scipy.stats")
-    for t in (0.0, 0.1, 1.0, 3.0, 10.0, -2.0):
-        assert chance_beyond(t, freedom) == pytest.approx(2 * stats.t.sf(abs(t), freedom), abs=1e-12)
 
 
 def drawn(kind, generator, images):

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 
 from bnfinetune.diagnose.case import Case
-from bnfinetune.diagnose.chance import chance_beyond
 from bnfinetune.diagnose.drift_report import FOREIGN
 from bnfinetune.diagnose.facts import FEW_IMAGES
 from bnfinetune.diagnose.registry import Lacking, Trouble, rule
@@ -293,6 +292,8 @@ def _place(steps: list[list[Forward]], place: int) -> _Place | None:
 
 
 def _chances(distance: torch.Tensor, variance: torch.Tensor, freedom: int) -> torch.Tensor:
-    """Probability of distances at least so large by chance, for the given squares of their standard errors."""
+    """Probability of distances at least so large by chance (Student's t), for the squares of their standard errors."""
+    from scipy.special import stdtr  # not at the start: few need it
+
     scores = distance / variance.sqrt().clamp(min=1e-12)
-    return torch.tensor([chance_beyond(t, freedom) for t in scores.tolist()])
+    return torch.from_numpy(2 * stdtr(freedom, -scores.abs().double().numpy()))
