@@ -232,8 +232,9 @@ def recalibrate(arguments: Arguments) -> None:
 def average(arguments: Arguments) -> None:
     """Average the weights of finished networks, compute BatchNorm statistics anew where they differ, and write it.
 
-    The networks are run folders (their best checkpoints are taken) or folders such as RUN/best, of one architecture and
-    the same classes. Runs that began at the same weights often have an average that is better than each of them.
+    The networks are run folders, whose best checkpoints are taken, or folders such as RUN/best, of one
+    architecture and the same classes. Runs that began at the same weights often have an average that is
+    better than each of them.
 
     Examples:
       bnfinetune average runs/freeze_bn runs/freeze_bn-2 out=runs/averaged

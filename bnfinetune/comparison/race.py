@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,9 @@ def compare(
         RecipeError: The cells are no comparison.
         CheckpointError: `out` holds another comparison, or no run came to its end.
     """
-    planned = cells if isinstance(cells, Sequence) else [_cell(name, recipe) for name, recipe in cells.items()]
-    metric = _one_metric(planned)
     folder = Path(out)
+    planned = cells if isinstance(cells, Sequence) else [_cell(name, recipe, folder) for name, recipe in cells.items()]
+    metric = _one_metric([cell.recipe for cell in planned])
     _plan(folder, planned)
     compared = {cell.name: Compared(cell.name, cell.words) for cell in planned}
     pool: Callable[[], Any] = partial(local_processes, jobs) if executor is None else partial(_kept_open, executor)
@@ -101,19 +102,21 @@ def compare_runs(folders: Sequence[str]) -> Comparison:
         cell = Compared(name, (f"recipe={_recipe_file(paths[0])}",))
         cell.runs = {recipes[path].run.seed: Finished.of(Path(path)) for path in paths}
         cells.append(cell)
-    metric = _one_metric([Cell(cell.name, cell.words, load_recipe(cell.words[0].partition("=")[2])) for cell in cells])
+    metric = _one_metric([recipes[paths[0]] for paths in groups.values()])
     return Comparison.of(cells, metric, lower_is_better=metric in LOWER_IS_BETTER)
 
 
-def _cell(name: str, recipe: str | Mapping[str, Any] | Recipe) -> Cell:
-    words = (f"recipe={recipe}",) if isinstance(recipe, str) else ("recipe=...",)
-    return Cell(name, words, load_recipe(recipe))
+def _cell(name: str, recipe: str | Mapping[str, Any] | Recipe, folder: Path) -> Cell:
+    cell = Cell(name, (f"recipe={recipe}",), load_recipe(recipe))
+    if isinstance(recipe, str):
+        return cell
+    return replace(cell, words=(f"recipe={folder / cell.folder / 'seed-0' / RECIPE}",))  # where a run will write it
 
 
-def _one_metric(cells: Sequence[Cell]) -> str:
-    metrics = dict.fromkeys(cell.recipe.best_metric for cell in cells)
-    if len(cells) < 2 or len(metrics) > 1:
-        what = f"{len(cells)} cell" if len(cells) < 2 else f"several checkpoint.metric ({', '.join(metrics)})"
+def _one_metric(recipes: Sequence[Recipe]) -> str:
+    metrics = dict.fromkeys(recipe.best_metric for recipe in recipes)
+    if len(recipes) < 2 or len(metrics) > 1:
+        what = f"{len(recipes)} cell" if len(recipes) < 2 else f"several checkpoint.metric ({', '.join(metrics)})"
         raise RecipeError(f"a comparison is of two cells or more by one metric; found {what}")
     return next(iter(metrics))
 

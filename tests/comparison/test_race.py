@@ -15,6 +15,7 @@ from bnfinetune.comparison import race as race_module
 from bnfinetune.comparison import runs as runs_module
 from bnfinetune.comparison.race import compare, compare_runs
 from bnfinetune.errors import CheckpointError, RecipeError
+from bnfinetune.recipe_files import load_recipe
 from bnfinetune.training.measuring.outcomes import read_outcomes
 from tests.training.loop.test_guard import settings
 from tests.training.support import write_images
@@ -77,6 +78,8 @@ def test_cells_are_ordinary_runs_and_their_result_is_what_these_say(images, tmp_
     difference = saved["cells"][1]["behind_winner"]
     assert difference["mean"] == pytest.approx(means[1] - means[0])
     assert f"{100 * difference['mean']:+.1f} [" in str(found)
+    recipe = found.command.removeprefix("bnfinetune recipe=")
+    assert load_recipe(recipe).bn.train_stats == {"frozen": "running", "live": None}[found.winner.name]
 
 
 def test_the_same_command_goes_on_and_repeats_nothing(images, tmp_path, monkeypatch):
