@@ -30,10 +30,10 @@ Tail = Callable[[nn.Module, Tensor], Tensor]
 Predicate = Callable[[str, nn.Module], bool]
 Selector = str | type[nn.Module] | Predicate
 Selection = Selector | Sequence[Selector]
+"""Which BN layers: a glob on qualified names, a class, a function of name and layer, or several of these."""
 
 LAST = ":last"
 """Selects the last BN layer, in registration order."""
-"""Which BN layers: a glob on qualified names, a class, a function of name and layer, or several of these."""
 
 _WRAPPED_CHILD: dict[str, type[nn.Module] | tuple[type[nn.Module], ...]] = {
     "_orig_mod": nn.Module,  # torch.compile

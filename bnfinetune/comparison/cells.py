@@ -57,12 +57,12 @@ def cells_of(recipe: str, overrides: Sequence[str]) -> list[Cell]:
         if key in _OURS:
             raise RecipeError(f"{key} is what compare sets itself: use {_OURS[key]}")
         axes.append([(key, each) for each in _values(key, value)])
-    varied = {number for number, axis in enumerate(axes) if len(axis) > 1}
+    varied = [number for number, axis in enumerate(axes) if len(axis) > 1]
     cells = []
     for chosen in product(*axes):
         words = [f"{key}={value}" for key, value in chosen]
-        apart = [chosen[0][1], *(word for number, word in enumerate(words) if number in varied and number)]
-        cells.append(_cell(", ".join(apart if 0 in varied or not varied else apart[1:]), words))
+        apart = [words[number] if number else chosen[0][1] for number in varied]  # a recipe goes by its bare name
+        cells.append(_cell(", ".join(apart), words))
     return _several(cells)
 
 

@@ -19,7 +19,6 @@ from bnfinetune.comparison.runs import Job, local_processes, make_all
 from bnfinetune.errors import CheckpointError, RecipeError
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import diff_recipes, dump_recipe, load_recipe
-from bnfinetune.training.loop.progress import LOWER_IS_BETTER
 from bnfinetune.training.saving.atomic import write_json
 from bnfinetune.training.saving.export import RECIPE
 
@@ -75,7 +74,7 @@ def compare(
         _make_round(due, seed, folder, compared, pool, say)
         if race and 0 < seed < seeds - 1:
             _let_leave(compared, rounds=seeds - 2, say=say)
-    found = Comparison.of(list(compared.values()), metric, lower_is_better=metric in LOWER_IS_BETTER)
+    found = Comparison.of(list(compared.values()), metric)
     write_json(folder / RESULT, found.to_dict())
     return found
 
@@ -102,8 +101,7 @@ def compare_runs(folders: Sequence[str]) -> Comparison:
         cell = Compared(name, (f"recipe={_recipe_file(paths[0])}",))
         cell.runs = {recipes[path].run.seed: Finished.of(Path(path)) for path in paths}
         cells.append(cell)
-    metric = _one_metric([recipes[paths[0]] for paths in groups.values()])
-    return Comparison.of(cells, metric, lower_is_better=metric in LOWER_IS_BETTER)
+    return Comparison.of(cells, _one_metric([recipes[paths[0]] for paths in groups.values()]))
 
 
 def _cell(name: str, recipe: str | Mapping[str, Any] | Recipe, folder: Path) -> Cell:

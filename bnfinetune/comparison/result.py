@@ -18,6 +18,7 @@ from rich.text import Text
 from bnfinetune.bn.saved_report import SavedReport
 from bnfinetune.comparison.paired import Difference, Outcome, paired_difference
 from bnfinetune.errors import CheckpointError
+from bnfinetune.training.loop.progress import LOWER_IS_BETTER
 from bnfinetune.training.measuring.outcomes import SplitOutcomes, read_outcomes
 from bnfinetune.training.reporting.lines import as_text
 from bnfinetune.training.saving.run_folder import SUMMARY
@@ -74,23 +75,21 @@ class Comparison(SavedReport):
     Attributes:
         cells: All of them, the best on validation first, those without a finished run last.
         metric: The validation metric that chooses.
-        lower_is_better: Whether a small value of it is good.
     """
 
     cells: tuple[Compared, ...]
     metric: str
-    lower_is_better: bool = False
 
     @classmethod
-    def of(cls, cells: Sequence[Compared], metric: str, *, lower_is_better: bool) -> Comparison:
+    def of(cls, cells: Sequence[Compared], metric: str) -> Comparison:
         """Cells in the order of their means."""
-        sign = 1 if lower_is_better else -1
+        sign = 1 if metric in LOWER_IS_BETTER else -1
 
         def place(cell: Compared) -> tuple[bool, bool, float]:
             left = cell.left_after is not None
             return not cell.runs, left, sign * mean(cell.scores("validation", metric)) if cell.runs else 0.0
 
-        return cls(tuple(sorted(cells, key=place)), metric, lower_is_better)
+        return cls(tuple(sorted(cells, key=place)), metric)
 
     @property
     def winner(self) -> Compared:
@@ -177,7 +176,7 @@ def difference_of(first: Mapping[int, Finished], second: Mapping[int, Finished])
     pairs = [(first[seed].outcomes["validation"], second[seed].outcomes["validation"]) for seed in seeds]
     if any(not np.array_equal(one.row, other.row) for one, other in pairs):
         raise CheckpointError("runs that are compared must be validated on the same images under the same seed")
-    alike = all(np.array_equal(one.row, pairs[0][0].row) for one, _ in pairs)
+    alike = _same_rows([one for one, _ in pairs])
     return paired_difference([one.right for one, _ in pairs], [two.right for _, two in pairs], same_images=alike)
 
 
@@ -188,8 +187,11 @@ def outcomes_of(cell: Compared) -> list[Outcome]:
 
 def on_same_images(cells: Sequence[Compared]) -> bool:
     """Whether all runs were validated on the same images, whatever their seed."""
-    rows = [run.outcomes["validation"].row for cell in cells for run in cell.runs.values()]
-    return all(np.array_equal(each, rows[0]) for each in rows)
+    return _same_rows([run.outcomes["validation"] for cell in cells for run in cell.runs.values()])
+
+
+def _same_rows(outcomes: Sequence[SplitOutcomes]) -> bool:
+    return all(np.array_equal(each.row, outcomes[0].row) for each in outcomes)
 
 
 def _spread(values: Sequence[float]) -> str:

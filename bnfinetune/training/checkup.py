@@ -106,8 +106,10 @@ class Inspection:
     def write(self, page: Path, title: str) -> None:
         """Writes a page, and the same numbers as JSON beside it."""
         page.parent.mkdir(parents=True, exist_ok=True)
-        about = {"findings": self.findings, "recommendation": self.advice, "readout": self.readout}
-        drift_page(self.report, title=title, **about).write(page)  # type: ignore[arg-type]
+        shown = drift_page(
+            self.report, title=title, findings=self.findings, recommendation=self.advice, readout=self.readout
+        )
+        shown.write(page)
         page.with_suffix(".json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
 

@@ -7,26 +7,12 @@ depends on its difficulty, the cell's own taste, the seed, and both together.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bnfinetune.comparison.paired import paired_difference
-
-Outcomes = list[NDArray[np.float64]]
-
-
-def cells(rng: np.random.Generator, seeds: int, images: int, scatter: float) -> tuple[Outcomes, Outcomes]:
-    """Outcomes of two equally good cells, by seed; `scatter` is the deviation of a seed's effect in log odds."""
-    difficulty, taste = 1.2 + 1.5 * rng.normal(size=images), 0.3 * rng.normal(size=images)
-
-    def one(sign: int) -> Iterator[NDArray[np.float64]]:
-        for _ in range(seeds):
-            odds = difficulty + sign * taste + scatter * rng.normal() + 0.3 * rng.normal(size=images)
-            yield (rng.random(images) < 1 / (1 + np.exp(-odds))).astype(float)
-
-    return list(one(1)), list(one(-1))
+from tests.comparison.simulation import Outcomes, simulated
 
 
 def bootstrap(first: Outcomes, second: Outcomes, rng: np.random.Generator, draws: int = 200) -> tuple[float, float]:
@@ -48,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
         for seeds in (2, 3, 5):
             ours = theirs = 0
             for _ in range(options.runs):
-                first, second = cells(rng, seeds, images, scatter)
+                first, second = simulated(rng, seeds=seeds, images=images, scatter=scatter, taste=0.3)
                 found = paired_difference(first, second, same_images=True)
                 low, high = bootstrap(first, second, rng)
                 ours, theirs = ours + (found.low <= 0 <= found.high), theirs + (low <= 0 <= high)

@@ -5,17 +5,7 @@ import pytest
 from scipy.stats import t, ttest_rel
 
 from bnfinetune.comparison.paired import paired_difference, still_racing
-
-
-def simulated(rng, *, seeds, images, gap=0.0, scatter=0.3):
-    """Two cells of which the first is better by `gap` in log odds, by seed."""
-    difficulty = 1.2 + 1.5 * rng.normal(size=images)
-
-    def one(ahead):
-        odds = [difficulty + ahead + scatter * rng.normal() + 0.3 * rng.normal(size=images) for _ in range(seeds)]
-        return [(rng.random(images) < 1 / (1 + np.exp(-each))).astype(float) for each in odds]
-
-    return one(gap), one(0.0)
+from tests.comparison.simulation import simulated
 
 
 def test_one_seed_is_the_paired_t_test_over_images():

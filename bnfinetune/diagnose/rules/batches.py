@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bnfinetune.diagnose.case import Case
-from bnfinetune.diagnose.reading import (
+from bnfinetune.diagnose.loader_facts import (
     classes_per_batch,
     drops_last,
     images_per_pass,

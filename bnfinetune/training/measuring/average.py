@@ -132,10 +132,11 @@ def average_checkpoints(
             tally = new_tally(network.num_classes, accelerator.device, multilabel=recipe.is_multilabel)
             return report, measure(network, loaders.val, tally, accelerator)
 
-        def score(names: Sequence[str]) -> Score | None:
-            return metrics_score(tried(names)[1], recipe)
-
         metrics = {name: tried([name])[1] for name in checkpoints}
+
+        def score(names: Sequence[str]) -> Score | None:
+            return metrics_score(metrics[names[0]] if len(names) == 1 else tried(names)[1], recipe)
+
         order = sorted(metrics, key=lambda name: metrics_score(metrics[name], recipe) or _WORST, reverse=True)
         taken = greedy(order, score) if choose else order
         report, metrics["average"] = tried(taken)
