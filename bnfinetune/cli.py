@@ -273,7 +273,8 @@ def average(arguments: Arguments) -> None:
     out="the folder of the comparison (default runs/comparison); the same command goes on with it",
     jobs="runs at a time, each in a process with a device of its own (default 1)",
     race="on (default): cells that are surely behind leave after two seeds or more; off: all runs are made",
-    minutes="training time after which no new round of seeds begins",
+    least_seeds="seeds after which cells may leave (default 2)",
+    budget="after which no new round of seeds begins: '30 minutes' of training, '2000 updates' or '50000 images'",
     format="table (default) or json",
 )
 def compare(arguments: Arguments) -> None:
@@ -286,11 +287,14 @@ def compare(arguments: Arguments) -> None:
       bnfinetune compare recipe=freeze_bn optim.lr='[1e-4, 3e-4, 1e-3]' seeds=2 out=runs/rates
       bnfinetune compare runs/freeze_bn runs/full
     """
+    from bnfinetune.comparison.budget import Budget
     from bnfinetune.comparison.cells import cells_in, cells_of
 
     form, race = arguments.choose("format", "table", "json"), arguments.choose("race", "on", "off") == "on"
     seeds, jobs = (_whole(arguments, name, default=number, least=1) for name, number in (("seeds", 3), ("jobs", 1)))
-    minutes = _whole(arguments, "minutes", default=0, least=1) if "minutes" in arguments.options else None
+    least, budget = _whole(arguments, "least_seeds", default=2, least=1), arguments.options.get("budget")
+    if budget is not None:
+        Budget.of(budget)  # a mistake in it answers before torch is imported
     out, files = arguments.options.get("out", "runs/comparison"), arguments.options.get("cells")
     say = print if form == "table" else _to_stderr
     if arguments.paths:
@@ -309,7 +313,7 @@ def compare(arguments: Arguments) -> None:
 
         from bnfinetune.comparison.race import compare as run_cells
 
-        found = run_cells(cells, seeds=seeds, out=out, jobs=jobs, race=race, minutes=minutes, say=say)
+        found = run_cells(cells, seeds=seeds, out=out, jobs=jobs, race=race, least_seeds=least, budget=budget, say=say)
     print(json.dumps(found.to_dict(), indent=2) if form == "json" else found)
 
 

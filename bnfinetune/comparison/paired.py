@@ -64,21 +64,49 @@ def paired_difference(
         same_images: Whether all seeds were measured on the same images.
         level: That the interval is to cover.
     """
-    apart = [one - other for one, other in zip(first, second, strict=True)]
-    means = np.array([each.mean() for each in apart])
-    parts = [means] if len(means) > 1 else []
-    if same_images or not parts:
-        parts.append(np.mean(apart, axis=0))
-    mean, reach = float(means.mean()), math.sqrt(sum(_reach(part, level) ** 2 for part in parts))
+    means, images = _parts(first, second, same_images)
+    mean, reach = float(means.mean()), _total_reach(means, images, len(means), level)
     return Difference(mean, mean - reach, mean + reach, len(means))
 
 
-def _reach(values: NDArray[np.float64], level: float) -> float:
-    """Half the length of Student's interval of a mean."""
+def expected_reach(
+    first: Sequence[Outcome], second: Sequence[Outcome], *, same_images: bool, seeds: int, level: float = 0.95
+) -> float:
+    """Half the length that the interval of `paired_difference` would have with more seeds that scatter as these do.
+
+    Args:
+        first: One cell's outcomes, of two seeds or more.
+        second: The other's.
+        same_images: Whether all seeds were measured on the same images, which then bound it: as seeds grow, it falls to
+            what the images alone leave open.
+        seeds: How many there would be.
+        level: That the interval is to cover.
+    """
+    return _total_reach(*_parts(first, second, same_images), seeds, level)
+
+
+def _parts(
+    first: Sequence[Outcome], second: Sequence[Outcome], same_images: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    """Differences by seed and, where images are a draw of their own, by image."""
+    apart = [one - other for one, other in zip(first, second, strict=True)]
+    means = np.array([each.mean() for each in apart])
+    return means, np.mean(apart, axis=0) if same_images or len(means) == 1 else None
+
+
+def _total_reach(means: NDArray[np.float64], images: NDArray[np.float64] | None, seeds: int, level: float) -> float:
+    parts = [_reach(means, seeds, level)] if len(means) > 1 else []
+    if images is not None:
+        parts.append(_reach(images, len(images), level))
+    return math.hypot(*parts)
+
+
+def _reach(values: NDArray[np.float64], count: int, level: float) -> float:
+    """Half the length of Student's interval of the mean of so many values that scatter as these do."""
     if len(values) < 2:
         return math.inf
-    quantile = float(student.ppf((1 + level) / 2, len(values) - 1))
-    return quantile * float(values.std(ddof=1)) / math.sqrt(len(values))
+    quantile = float(student.ppf((1 + level) / 2, count - 1))
+    return quantile * float(values.std(ddof=1)) / math.sqrt(count)
 
 
 def still_racing(

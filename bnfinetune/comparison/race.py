@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -12,17 +12,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bnfinetune.comparison.budget import Budget
 from bnfinetune.comparison.cells import Cell
+from bnfinetune.comparison.page import comparison_page
 from bnfinetune.comparison.paired import still_racing
 from bnfinetune.comparison.result import Compared, Comparison, Finished, on_same_images, outcomes_of
 from bnfinetune.comparison.runs import Job, local_processes, make_all
 from bnfinetune.errors import CheckpointError, RecipeError
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import diff_recipes, dump_recipe, load_recipe
-from bnfinetune.training.saving.atomic import write_json
+from bnfinetune.training.saving.atomic import write_json, write_text
 from bnfinetune.training.saving.export import RECIPE
 
-PLAN, RESULT = "plan.json", "comparison.json"
+PLAN, RESULT, PAGE = "plan.json", "comparison.json", "comparison.html"
 
 
 def compare(
@@ -32,14 +34,16 @@ def compare(
     out: str | Path = "runs/comparison",
     jobs: int = 1,
     race: bool = True,
-    minutes: float | None = None,
+    least_seeds: int = 2,
+    budget: str | None = None,
     executor: Executor | None = None,
     say: Callable[[str], None] = print,
 ) -> Comparison:
     """Compare recipes on the same images, splits, seeds and order; called again with the same `out`, it goes on.
 
     Every cell and seed is an ordinary run, under `out`. After the second seed and each later one, cells leave that are
-    surely behind the leader (`still_racing`). Validation chooses; the test split is shown of those that are left.
+    surely behind the leader (`still_racing`). Validation chooses; the test split is shown of those that are left. The
+    result is written to `out` as comparison.json, and as a page, comparison.html.
 
     Args:
         cells: Recipes by name, in any form that `finetune` takes, or what `cells_of` gives.
@@ -47,12 +51,11 @@ def compare(
         out: The folder of the comparison.
         jobs: Runs at a time on this machine, each in a process with a device of its own.
         race: Whether cells may leave.
-        minutes: After which no new round begins; runs that are over count by what they took.
+        least_seeds: After which cells may leave; 1 trusts the images alone, whatever a seed does.
+        budget: After which no new round begins: `30 minutes` of training, `2000 updates` or `50000 images`, of all
+            runs together. The runs of a round are always all made, or they could not be paired.
         executor: Where to make the runs instead; its workers must see `out` and the data.
         say: Told what happens.
-
-    Returns:
-        The result, which is also written to `out` as comparison.json.
 
     Raises:
         RecipeError: The cells are no comparison.
@@ -61,6 +64,7 @@ def compare(
     folder = Path(out)
     planned = cells if isinstance(cells, Sequence) else [_cell(name, recipe, folder) for name, recipe in cells.items()]
     metric = _one_metric([cell.recipe for cell in planned])
+    limit = None if budget is None else Budget.of(budget)
     _plan(folder, planned)
     compared = {cell.name: Compared(cell.name, cell.words) for cell in planned}
     pool: Callable[[], Any] = partial(local_processes, jobs) if executor is None else partial(_kept_open, executor)
@@ -68,14 +72,16 @@ def compare(
         due = [cell for cell in planned if compared[cell.name].left_after is None and not compared[cell.name].error]
         if not due:
             break
-        if minutes is not None and _seconds(compared.values()) > 60 * minutes:
-            say(f"{minutes:g} minutes are over: no run with seed {seed} or later is made")
+        if limit is not None and seed and limit.is_spent(_numbers(compared.values())):
+            say(f"the budget of {limit} is spent: no run with seed {seed} or later is made")
             break
         _make_round(due, seed, folder, compared, pool, say)
-        if race and 0 < seed < seeds - 1:
-            _let_leave(compared, rounds=seeds - 2, say=say)
+        if race and least_seeds <= seed + 1 < seeds:
+            _let_leave(compared, rounds=seeds - least_seeds, say=say)
     found = Comparison.of(list(compared.values()), metric)
     write_json(folder / RESULT, found.to_dict())
+    write_text(folder / PAGE, comparison_page(found, _title(planned)).html())
+    say(f"a page to look at: {folder / PAGE}")
     return found
 
 
@@ -170,8 +176,14 @@ def _let_leave(compared: Mapping[str, Compared], rounds: int, say: Callable[[str
         say(f"{name} is surely behind, and leaves")
 
 
-def _seconds(cells: Iterable[Compared]) -> float:
-    return sum(float(run.numbers["seconds"]) for cell in cells for run in cell.runs.values())
+def _title(cells: Sequence[Cell]) -> str:
+    about = {(cell.recipe.model.name, cell.recipe.data.source) for cell in cells}
+    where = "; ".join(f"{model} on {source}" for model, source in sorted(about))
+    return f"{len(cells)} ways to fine-tune {where}"
+
+
+def _numbers(cells: Iterable[Compared]) -> Iterator[dict[str, Any]]:
+    return (run.numbers for cell in cells for run in cell.runs.values())
 
 
 def _kept_open(executor: Executor) -> AbstractContextManager[Executor]:

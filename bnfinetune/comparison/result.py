@@ -16,20 +16,40 @@ from rich.table import Table
 from rich.text import Text
 
 from bnfinetune.bn.saved_report import SavedReport
-from bnfinetune.comparison.paired import Difference, Outcome, paired_difference
+from bnfinetune.comparison.paired import Difference, Outcome, expected_reach, paired_difference
 from bnfinetune.errors import CheckpointError
 from bnfinetune.training.loop.progress import LOWER_IS_BETTER
 from bnfinetune.training.measuring.outcomes import SplitOutcomes, read_outcomes
 from bnfinetune.training.reporting.lines import as_text
-from bnfinetune.training.saving.run_folder import SUMMARY
+from bnfinetune.training.saving.run_folder import METRICS, SUMMARY
+
+_MANY = 10_000  # seeds, as good as all there are
 
 
 @dataclass(frozen=True)
 class Finished:
-    """One finished run: its numbers and the outcome of every image, by split."""
+    """One finished run.
 
+    Attributes:
+        folder: Where it lies.
+        numbers: Its summary.
+        outcomes: The outcome of every image, by split.
+    """
+
+    folder: Path
     numbers: dict[str, Any]
     outcomes: dict[str, SplitOutcomes]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of their numbers."""
+        return tuple(self.numbers["per_class"])
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """What was measured over the run, from before it on."""
+        lines = (self.folder / METRICS).read_text(encoding="utf-8").splitlines()
+        return [{"update": 0} | self.numbers["before"]["validation"], *map(json.loads, lines)]
 
     @classmethod
     def of(cls, folder: Path) -> Finished:
@@ -42,7 +62,7 @@ class Finished:
             numbers = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder} is not the folder of a finished run: {SUMMARY} cannot be read") from error
-        return cls(numbers, read_outcomes(folder))
+        return cls(folder, numbers, read_outcomes(folder))
 
 
 @dataclass
@@ -144,10 +164,11 @@ class Comparison(SavedReport):
         for title in (self.metric, "seeds", "to the best [95 %]", "test", "seconds"):
             table.add_column(title, justify="right")
         for cell in self.cells:
-            table.add_row(Text(cell.name), *map(Text, self._row(cell)))
+            table.add_row(Text(cell.name), *map(Text, self.row(cell)))
         return table
 
-    def _row(self, cell: Compared) -> list[str]:
+    def row(self, cell: Compared) -> list[str]:
+        """What the table says of a cell, behind its name."""
         if not cell.runs:
             return ["failed", "0", "", "", ""]
         tested = cell.left_after is None and all("test" in run.numbers["after"] for run in cell.runs.values())
@@ -178,6 +199,23 @@ def difference_of(first: Mapping[int, Finished], second: Mapping[int, Finished])
         raise CheckpointError("runs that are compared must be validated on the same images under the same seed")
     alike = _same_rows([one for one, _ in pairs])
     return paired_difference([one.right for one, _ in pairs], [two.right for _, two in pairs], same_images=alike)
+
+
+def outlook(cell: Compared, best: Compared) -> str | None:
+    """What more seeds would tell of a cell's difference to the best; None where that is known, or of one seed."""
+    seeds = sorted(cell.runs.keys() & best.runs.keys())
+    mine, theirs = ([each.runs[seed].outcomes["validation"] for seed in seeds] for each in (cell, best))
+    found = difference_of(cell.runs, best.runs)
+    if found.is_behind or len(seeds) < 2:
+        return None
+    first, second = ([each.right for each in outcomes] for outcomes in (mine, theirs))
+    alike, more = _same_rows(mine), 2 * len(seeds)
+    reach = expected_reach(first, second, same_images=alike, seeds=more)
+    last = expected_reach(first, second, same_images=alike, seeds=_MANY)
+    told = f"{cell.name}: {100 * found.mean:+.1f} points; {more} seeds would know it to about {100 * reach:.1f}"
+    if abs(found.mean) < last:
+        return f"{told}, and no number of seeds tells it from 0: these images are too few, or they are alike"
+    return told
 
 
 def outcomes_of(cell: Compared) -> list[Outcome]:

@@ -13,15 +13,15 @@ from markupsafe import Markup
 
 from bnfinetune.diagnose.drift_report import BATCH_SIZES, SOUND_NOISE, DriftReport
 
-_INK = "#010203"  # stands for the page's text colour
-_BLUE, _ORANGE, _GREEN = "#4a8fd0", "#d9822b", "#4c9f70"  # legible on white and on near-black
-_WIDTH = 4.8  # inches; fits a phone with legible letters
+INK = "#010203"  # stands for the page's text colour
+BLUE, ORANGE, GREEN = "#4a8fd0", "#d9822b", "#4c9f70"  # legible on white and on near-black
+WIDTH = 4.8  # inches; fits a phone with legible letters
 _COLUMNS = 96
 _MOST_ROWS = 64
 
 
 @contextmanager
-def _figure(name: str, width: float, height: float) -> Iterator[tuple[Any, Any, list[str]]]:
+def drawing(name: str, width: float, height: float) -> Iterator[tuple[Any, Any, list[str]]]:
     """Lends a figure with one axis; its SVG is in the list after the block."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -32,11 +32,11 @@ def _figure(name: str, width: float, height: float) -> Iterator[tuple[Any, Any, 
         "text.parse_math": False,  # a $ in a name from data is only a character
         "font.family": "sans-serif",
         "font.size": 10,
-        "text.color": _INK,
-        "axes.edgecolor": _INK,
-        "axes.labelcolor": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
+        "text.color": INK,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
         "legend.frameon": False,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -61,7 +61,7 @@ def _inline(svg: str, name: str, inches: float) -> str:
     body = re.sub(r'href="#', f'href="#{name}-', body)
     style = f"max-width: {7 * inches:.4g}rem; min-width: {4.5 * inches:.4g}rem"  # letters stay legible on a phone
     body = body.replace("<svg ", f'<svg aria-hidden="true" focusable="false" style="{style}" ', 1)
-    return body.replace(_INK, "currentColor")
+    return body.replace(INK, "currentColor")
 
 
 def heat_map(report: DriftReport) -> Markup:
@@ -71,9 +71,9 @@ def heat_map(report: DriftReport) -> Markup:
         kept = {layer.name for layer in report.ranked()[:_MOST_ROWS]}
         layers = [layer for layer in layers if layer.name in kept]
     rows = [_sorted_distances(layer.mean_shift, layer.log_var_ratio) for layer in layers]
-    with _figure("heat", 8.4, 1.1 + 0.2 * len(rows)) as (figure, axis, out):
+    with drawing("heat", 8.4, 1.1 + 0.2 * len(rows)) as (figure, axis, out):
         image = axis.imshow(np.array(rows), aspect="auto", cmap="cividis", vmin=0, vmax=2, interpolation="nearest")
-        axis.set_yticks(range(len(layers)), [_short(layer.name) for layer in layers], fontsize=8)
+        axis.set_yticks(range(len(layers)), [short(layer.name) for layer in layers], fontsize=8)
         axis.set_xticks([0, _COLUMNS / 2, _COLUMNS - 1], ["furthest channel", "middle", "nearest"], fontsize=8)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
@@ -93,13 +93,13 @@ def _sorted_distances(shift: Sequence[float], log_ratio: Sequence[float]) -> np.
 def noise_curve(report: DriftReport) -> Markup:
     """Noise of a batch's statistics against its size: the worst layer, the middle one, and measured batches."""
     every = np.array([layer.noise for layer in report.layers.values()])
-    with _figure("noise", _WIDTH, 3.0) as (_, axis, out):
-        axis.plot(BATCH_SIZES, report.noise, color=_ORANGE, marker="o", markersize=4, label="worst layer, predicted")
-        axis.plot(BATCH_SIZES, np.median(every, axis=0), color=_BLUE, marker="s", markersize=4, label="middle layer")
+    with drawing("noise", WIDTH, 3.0) as (_, axis, out):
+        axis.plot(BATCH_SIZES, report.noise, color=ORANGE, marker="o", markersize=4, label="worst layer, predicted")
+        axis.plot(BATCH_SIZES, np.median(every, axis=0), color=BLUE, marker="s", markersize=4, label="middle layer")
         if report.batch_noise:
             sizes, values = zip(*report.batch_noise.items(), strict=True)
-            axis.plot(sizes, values, color=_INK, marker="x", linestyle="none", label="worst layer, measured batches")
-        axis.axhline(SOUND_NOISE, color=_INK, linewidth=0.8, linestyle=":")
+            axis.plot(sizes, values, color=INK, marker="x", linestyle="none", label="worst layer, measured batches")
+        axis.axhline(SOUND_NOISE, color=INK, linewidth=0.8, linestyle=":")
         axis.text(BATCH_SIZES[-1], SOUND_NOISE, "sound below", va="bottom", ha="right", fontsize=8)
         axis.set(xscale="log", yscale="log", xlabel="images per statistic", ylabel="noise, standard deviations")
         axis.set_xticks(BATCH_SIZES, [str(size) for size in BATCH_SIZES])
@@ -114,8 +114,8 @@ def regimes(report: DriftReport) -> Markup:
     kinds = {"running": report.running, "each batch's": report.batch, "re-estimated": report.reestimated}
     labelled = report.running.accuracy is not None
     values = [100 * (each.accuracy or 0.0) if labelled else each.distance for each in kinds.values()]
-    with _figure("regimes", _WIDTH, 1.6) as (_, axis, out):
-        bars = axis.barh(list(kinds)[::-1], values[::-1], color=[_GREEN, _BLUE, _ORANGE])
+    with drawing("regimes", WIDTH, 1.6) as (_, axis, out):
+        bars = axis.barh(list(kinds)[::-1], values[::-1], color=[GREEN, BLUE, ORANGE])
         axis.bar_label(bars, fmt="%.1f %%" if labelled else "%.3f", padding=3, fontsize=8)
         axis.set(xlabel="accuracy, %" if labelled else "distance from re-estimated predictions")
         axis.set(xlim=(0, 115) if labelled else (0, None))
@@ -132,11 +132,11 @@ def causes(report: DriftReport) -> Markup:
     names = list(report.stages)[::-1]
     values = [report.stages[name] for name in names]
     what = "loss" if report.running.loss is not None else "distance"
-    with _figure("causes", _WIDTH, 0.9 + 0.28 * len(names)) as (_, axis, out):
-        colours = [_GREEN if value > 0 else _ORANGE for value in values]
-        bars = axis.barh([_short(name) or "(the model)" for name in names], values, color=colours)
+    with drawing("causes", WIDTH, 0.9 + 0.28 * len(names)) as (_, axis, out):
+        colours = [GREEN if value > 0 else ORANGE for value in values]
+        bars = axis.barh([short(name) or "(the model)" for name in names], values, color=colours)
         axis.bar_label(bars, fmt="%+.2f", padding=3, fontsize=8)
-        axis.axvline(0, color=_INK, linewidth=0.8)
+        axis.axvline(0, color=INK, linewidth=0.8)
         axis.set(xlabel=f"{what} recovered by this stage alone")
         axis.margins(x=0.15)
         axis.tick_params(axis="y", length=0)
@@ -164,14 +164,14 @@ def curves(
     """
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    styles = ((_BLUE, "o"), (_ORANGE, "s"))
-    with _figure(name, _WIDTH, 2.8) as (_, axis, out):
+    styles = ((BLUE, "o"), (ORANGE, "s"))
+    with drawing(name, WIDTH, 2.8) as (_, axis, out):
         for (key, title), (colour, marker) in zip(keys.items(), styles, strict=True):
             known = [record for record in history if record.get(key) is not None]
             updates, values = [r["update"] for r in known], [r[key] for r in known]
             axis.plot(updates, values, label=title, color=colour, marker=marker, markersize=3)
         if best is not None:
-            axis.axvline(best, color=_INK, linewidth=0.8, linestyle=":", label="best network")
+            axis.axvline(best, color=INK, linewidth=0.8, linestyle=":", label="best network")
         axis.set(xlabel="optimizer updates", ylabel=label)
         axis.set_ylim(bottom=None if percent else 0)
         axis.set_xlim(left=min(0, *axis.get_xlim()))
@@ -187,10 +187,10 @@ def confusion(counts: Sequence[Sequence[int]], class_names: Sequence[str]) -> Ma
     table = np.array(counts, dtype=float)
     shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     side = min(1.6 + 0.32 * len(class_names), 9.0)
-    with _figure("confusion", side, side) as (_, axis, out):
+    with drawing("confusion", side, side) as (_, axis, out):
         axis.imshow(shares, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
         if len(class_names) <= 40:
-            labels = [_short(name, 20) for name in class_names]
+            labels = [short(name, 20) for name in class_names]
             upright = 0 if max(map(len, labels), default=0) <= 3 else 90
             axis.set_xticks(range(len(labels)), labels, rotation=upright, fontsize=8)
             axis.set_yticks(range(len(labels)), labels, fontsize=8)
@@ -205,7 +205,7 @@ def confusion(counts: Sequence[Sequence[int]], class_names: Sequence[str]) -> Ma
     return Markup(out[0])
 
 
-def _short(name: str, most: int = 34) -> str:
+def short(name: str, most: int = 34) -> str:
     """A name that fits beside a figure, without characters that XML cannot hold."""
     clean = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name)
     return clean if len(clean) <= most else f"{clean[: most // 2 - 1]}…{clean[-(most // 2) :]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.metadata
+import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
+from PIL import Image
 
 from bnfinetune.diagnose.finding import Finding
+
+_SIDE = 144  # pixels of a thumbnail
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,14 @@ class Picture:
     png: bytes
     title: str
     lines: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, image: Image.Image, title: str, lines: tuple[str, ...] = ()) -> Picture:
+        """A thumbnail of an image, which becomes small."""
+        image.thumbnail((_SIDE, _SIDE))
+        out = io.BytesIO()
+        image.save(out, format="PNG", optimize=True)
+        return cls(out.getvalue(), title, lines)
 
     @property
     def data(self) -> str:

@@ -1,10 +1,12 @@
 """Intervals of paired differences: against known formulas, and in simulations with known truths."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from scipy.stats import t, ttest_rel
 
-from bnfinetune.comparison.paired import paired_difference, still_racing
+from bnfinetune.comparison.paired import expected_reach, paired_difference, still_racing
 from tests.comparison.simulation import simulated
 
 
@@ -61,3 +63,16 @@ def test_the_best_cell_hardly_ever_leaves():
     cells = {"best": simulated(rng, seeds=5, images=500, gap=3.0)[0]}
     cells |= {"worse": simulated(rng, seeds=5, images=500, gap=-3.0)[0]}
     assert list(still_racing(cells, same_images=True, rounds=1)) == ["best"]
+
+
+def test_the_reach_of_more_seeds_is_that_of_seeds_that_scatter_as_these():
+    rng = np.random.default_rng(1)
+    first, second = simulated(rng, seeds=4, images=50)
+    apart = np.array(first) - np.array(second)
+    by_seed = t.ppf(0.975, 8) * apart.mean(1).std(ddof=1) / 9**0.5
+    by_image = t.ppf(0.975, 49) * apart.mean(0).std(ddof=1) / 50**0.5
+    expected = partial(expected_reach, first, second)
+    assert expected(same_images=False, seeds=9) == pytest.approx(by_seed)
+    assert expected(same_images=True, seeds=9) == pytest.approx(np.hypot(by_seed, by_image))
+    now = paired_difference(first, second, same_images=True)
+    assert expected(same_images=True, seeds=4) == pytest.approx(now.high - now.mean)

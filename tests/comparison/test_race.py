@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from concurrent.futures import Executor, Future
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,12 @@ import bnfinetune as bnf
 from bnfinetune.cli import main
 from bnfinetune.comparison import race as race_module
 from bnfinetune.comparison import runs as runs_module
+from bnfinetune.comparison.budget import Budget
+from bnfinetune.comparison.disagreement import class_shares, disputed
 from bnfinetune.comparison.race import compare, compare_runs
 from bnfinetune.errors import CheckpointError, RecipeError
 from bnfinetune.recipe_files import load_recipe
+from bnfinetune.training.data.splits import load_splits
 from bnfinetune.training.measuring.outcomes import read_outcomes
 from tests.training.loop.test_guard import settings
 from tests.training.support import write_images
@@ -62,7 +66,7 @@ def compared(images, out, **options):
 def test_cells_are_ordinary_runs_and_their_result_is_what_these_say(images, tmp_path):
     found, said = compared(images, tmp_path / "out", seeds=2)
     assert {cell.name for cell in found.cells} == {"frozen", "live"}
-    assert len(said) == 4
+    assert len(said) == 5
     for cell in found.cells:
         for seed, run in cell.runs.items():
             folder = tmp_path / "out" / cell.name / f"seed-{seed}"
@@ -125,21 +129,69 @@ def test_cells_leave_once_they_are_surely_behind(images, tmp_path, monkeypatch):
         return {"frozen": None}
 
     monkeypatch.setattr(race_module, "still_racing", leaving)
-    found, said = compared(images, tmp_path / "out", seeds=4)
-    assert asked == [(["frozen", "live"], [2, 2], 2)]
+    found, said = compared(images, tmp_path / "out", seeds=3)
+    assert asked == [(["frozen", "live"], [2, 2], 1)]
     seeds = {cell.name: (len(cell.runs), cell.left_after) for cell in found.cells}
-    assert seeds == {"frozen": (4, None), "live": (2, 2)}
+    assert seeds == {"frozen": (3, None), "live": (2, 2)}
     assert "live is surely behind, and leaves" in said
     assert found.winner.name == "frozen"
     assert "live left after 2 seeds" in str(found)
-    everything, _ = compared(images, tmp_path / "all", seeds=3, race=False)
+    everything, _ = compared(images, tmp_path / "out", seeds=3, race=False)
     assert all(len(cell.runs) == 3 for cell in everything.cells)
 
 
-def test_time_that_is_over_begins_no_round(images, tmp_path):
-    found, said = compared(images, tmp_path / "out", seeds=3, minutes=1e-9)
-    assert all(len(cell.runs) == 1 for cell in found.cells)
-    assert said[-1].endswith("minutes are over: no run with seed 1 or later is made")
+def test_a_budget_that_is_spent_begins_no_round(images, tmp_path):
+    first, _ = compared(images, tmp_path / "out", seeds=1)
+    numbers = [cell.runs[0].numbers for cell in first.cells]
+    used = {key: sum(each[key] for each in numbers) for key in ("updates", "images")}
+    budgets = {f"{used['images']} images": 1, "0.0001 minutes": 1, f"{used['updates'] + 1} updates": 2}
+    for budget, seeds in budgets.items():
+        found, said = compared(images, tmp_path / "out", seeds=3, race=False, budget=budget)
+        assert all(len(cell.runs) == seeds for cell in found.cells)
+        assert f"the budget of {budget} is spent: no run with seed {seeds} or later is made" in said
+
+
+@pytest.mark.parametrize("text", ["30", "minutes", "-1 minutes", "0 updates", "nan images", "3 hours", "inf images"])
+def test_a_budget_of_other_words_is_refused(text):
+    with pytest.raises(RecipeError, match="budget: found .* allowed: '30 minutes'"):
+        Budget.of(text)
+
+
+def test_cells_may_leave_after_one_seed_where_that_is_asked_for(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(race_module, "still_racing", lambda outcomes, **options: {"frozen": options})
+    found, _ = compared(images, tmp_path / "out", seeds=2, least_seeds=1)
+    assert {cell.name: (len(cell.runs), cell.left_after) for cell in found.cells} == {"frozen": (2, None), "live": (1, 1)}
+
+
+def test_the_page_tells_what_the_result_does(images, tmp_path):
+    varied = {f"{name}{lr:g}": {**cell, "optim.lr": lr} for name, cell in plain(images).items() for lr in (1e-3, 5e-2)}
+    found = compare(varied, out=tmp_path / "out", seeds=2, executor=Direct(), say=lambda _: None, race=False)
+    text = (tmp_path / "out" / "comparison.html").read_text()
+    for cell in found.cells:
+        assert f'<th scope="row">{cell.name}</th>' in text
+    assert escape(found.command) in text
+    assert text.count("<h2") == 7 - (not disputed(found.cells))
+    for key in ("By optim.lr", "How sure", "Classes"):
+        assert f">{key}</h2>" in text
+    assert "By run.seed" not in text
+
+
+def test_classes_and_images_of_dispute_are_those_of_the_outcomes(images, tmp_path):
+    found, _ = compared(images, tmp_path / "out", seeds=2)
+    one, other = found.cells
+    shares = class_shares(found.cells)
+    labels = one.runs[0].outcomes["validation"].label
+    for number, name in enumerate(one.runs[0].class_names):
+        for place, cell in enumerate((one, other)):
+            right = [cell.runs[seed].outcomes["validation"].right[labels == number] for seed in (0, 1)]
+            assert shares[name][place] == pytest.approx(np.concatenate(right).mean())
+    split = load_splits(load_recipe(plain(images)["live"]).data, 0)
+    for image in disputed(found.cells):
+        assert {0.0, 1.0} == set(image.right)  # of two seeds, most are both
+        assert split.val[image.row]["label"] == image.label
+        for cell, right in zip(found.cells, image.right, strict=True):
+            outcomes = [cell.runs[seed].outcomes["validation"] for seed in (0, 1)]
+            assert [float(each.right[each.row.tolist().index(image.row)]) for each in outcomes] == [right] * 2
 
 
 def test_finished_runs_are_compared(images, tmp_path, monkeypatch, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -18,8 +17,6 @@ from bnfinetune.training.data.walking import printable
 
 KEPT = 24
 """Images that are shown."""
-
-_SIDE = 144  # pixels of a thumbnail
 
 
 class Mistake(NamedTuple):
@@ -107,8 +104,8 @@ def pictures(
         data_config: timm's preprocessing, whose normalisation is undone.
     """
     return tuple(
-        Picture(
-            _png(each.image, data_config),
+        Picture.of(
+            _as_seen(each.image, data_config),
             title=", ".join(class_names[label] for label in each.labels) or "no label",
             lines=(
                 f"{_fault(each)} {class_names[each.predicted]}, {each.confidence:.0%}",
@@ -143,14 +140,10 @@ def image_label(reader: Any, index: int) -> str:
     return f"row {row}" if path is None else printable("/".join(PurePath(path).parts[-2:]))
 
 
-def _png(image: Tensor, data_config: Mapping[str, Any]) -> bytes:
-    """An image as it was before normalisation, small."""
+def _as_seen(image: Tensor, data_config: Mapping[str, Any]) -> Image.Image:
+    """An image as it was before normalisation."""
     mean, std = (torch.tensor(data_config[key]).view(-1, 1, 1) for key in ("mean", "std"))
     pixels = ((image * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
     if len(pixels) != 3:  # a network of one channel, or of more than a picture has
         pixels = pixels[:1].expand(3, -1, -1)
-    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    picture.thumbnail((_SIDE, _SIDE))
-    out = io.BytesIO()
-    picture.save(out, format="PNG", optimize=True)
-    return out.getvalue()
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())

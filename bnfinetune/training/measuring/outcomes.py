@@ -17,23 +17,25 @@ from bnfinetune.training.data.readable import original_row
 from bnfinetune.training.saving.atomic import in_words
 
 OUTCOMES = "outcomes.npz"
+NO_LABEL = -1
+"""The class of an image that has several."""
 
 
 class Outcomes:
     """Collects the outcome of every image as a split is measured."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     @torch.no_grad()
     def add(self, images: Tensor, logits: Tensor, labels: Tensor, indices: Tensor) -> None:
         """Looks at one batch: images (B, C, H, W), logits (B, classes), labels (B,) or (B, classes), indices (B,)."""
+        predicted = logits.argmax(1)
         if labels.ndim == 2:
-            right, predicted = ((logits > 0) == (labels > 0.5)).double().mean(1), logits.argmax(1)
+            right, label = ((logits > 0) == (labels > 0.5)).double().mean(1), torch.full_like(predicted, NO_LABEL)
         else:
-            predicted = logits.argmax(1)
-            right = (predicted == labels).double()
-        self._parts.append((indices.cpu(), right.cpu(), predicted.cpu()))
+            right, label = (predicted == labels).double(), labels
+        self._parts.append((indices.cpu(), right.cpu(), predicted.cpu(), label.cpu()))
 
     def merge(self) -> None:
         """Gives every rank the outcomes of all ranks; a collective."""
@@ -46,11 +48,11 @@ class Outcomes:
             reader: The `ImageReader` of the split; of a stream, whose images have no row, the place counts.
         """
         split = reader.split
-        numbers, right, predicted = (torch.cat(parts).numpy() for parts in zip(*self._parts, strict=True))
+        numbers, right, predicted, label = (torch.cat(parts).numpy() for parts in zip(*self._parts, strict=True))
         order = np.argsort(numbers, kind="stable")
         places = numbers[order]
         rows = places if split is None else np.array([original_row(split, int(number)) for number in places])
-        return {"row": rows, "right": right[order], "predicted": predicted[order]}
+        return {"row": rows, "right": right[order], "predicted": predicted[order], "label": label[order]}
 
 
 class SplitOutcomes(NamedTuple):
@@ -60,11 +62,13 @@ class SplitOutcomes(NamedTuple):
         row: the image's row in the set as it was opened.
         right: 1 where the class is right, else 0; of several labels, the share of them that is.
         predicted: the likeliest class.
+        label: the true class; -1 where an image has several labels.
     """
 
     row: NDArray[np.int64]
     right: NDArray[np.float64]
     predicted: NDArray[np.int64]
+    label: NDArray[np.int64]
 
 
 def write_outcomes(folder: Path, splits: Mapping[str, Mapping[str, NDArray[Any]]]) -> None:
