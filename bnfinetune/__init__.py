@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bnfinetune.bn.statistics.precise import precise_bn
     from bnfinetune.bn.statistics.prior_search import choose_prior
     from bnfinetune.bn.statistics.ranks import merge_running_stats
+    from bnfinetune.comparison.auto import finetune_auto
     from bnfinetune.comparison.race import compare
     from bnfinetune.diagnose.checks import check_bn
     from bnfinetune.diagnose.drift import inspect_bn
@@ -57,6 +58,7 @@ __all__ = [
     "export_domain",
     "find_bn_layers",
     "finetune",
+    "finetune_auto",
     "fold_bn",
     "fold_report",
     "folded",
@@ -101,6 +103,7 @@ _HOMES = {
     "export_domain": "bnfinetune.bn.policy.domains",
     "find_bn_layers": "bnfinetune.bn.layers",
     "finetune": "bnfinetune.training.run",
+    "finetune_auto": "bnfinetune.comparison.auto",
     "fold_bn": "bnfinetune.bn.folding.fold",
     "fold_report": "bnfinetune.bn.folding.fold",
     "folded": "bnfinetune.bn.folding.fold",

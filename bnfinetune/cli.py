@@ -36,12 +36,19 @@ def train(arguments: Arguments) -> None:
       accelerate launch -m bnfinetune recipe=freeze_bn
       bnfinetune recipe=freeze_bn model.name=resnet18 data.source=path/to/images optim.lr=1e-3
       torchrun --nproc_per_node 2 -m bnfinetune recipe=full train.batch_size=4
+      bnfinetune recipe=auto data.source=path/to/images
     """
     from bnfinetune.recipe_files import load_recipe, shipped_recipes
 
     name = arguments.need("recipe", f"write recipe=NAME ({', '.join(shipped_recipes())}) or recipe=FILE.yaml")
     recipe = load_recipe(name, arguments.overrides)
     _answer_at_once(check_source, recipe.data.source)
+
+    if recipe.auto.recipes:
+        from bnfinetune.comparison.auto import train_auto
+
+        train_auto(recipe)
+        return
 
     from bnfinetune.training.launch import leave_ranks
     from bnfinetune.training.run import train as run_recipe

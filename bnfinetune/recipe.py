@@ -460,6 +460,17 @@ class Run(Section):
     )
 
 
+class Auto(Section):
+    """A recipe that is found by measuring."""
+
+    recipes: tuple[str, ...] = Field(
+        default=(), description="recipes, by name or path, of which the best on these images is found"
+    )
+    budget: Annotated[int, Field(ge=0)] = Field(
+        default=1, description="how many recipes are trained beside the one that is advised; validation chooses"
+    )
+
+
 class Recipe(Section):
     """A complete fine-tuning run: every section with every value settled."""
 
@@ -475,6 +486,7 @@ class Recipe(Section):
     evaluate: Evaluate = Field(default_factory=Evaluate)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     run: Run = Field(default_factory=Run)
+    auto: Auto = Field(default_factory=Auto)
 
     @model_validator(mode="after")
     def _network_for_the_data(self) -> Recipe:

@@ -80,7 +80,7 @@ def cells_in(path: str, overrides: Sequence[str]) -> list[Cell]:
     for name, settings in named.items():
         if not isinstance(settings, Mapping) or "recipe" not in settings:
             raise RecipeError(f"{path}: {name}: a cell is a mapping with a recipe, such as {{recipe: freeze_bn}}")
-        words = [f"{key}={_written(value)}" for key, value in settings.items()]
+        words = [f"{key}={written(value)}" for key, value in settings.items()]
         cells.append(_cell(str(name), [*words, *overrides]))
     return _several(cells)
 
@@ -140,7 +140,7 @@ def _plain(item: str) -> str:
     return str(yaml.load(item, yaml.BaseLoader))
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """A value as an override writes it."""
     if isinstance(value, str):
         return value

@@ -19,9 +19,7 @@ MOST_LINES = len(_STYLES)
 
 
 def _percent(axis: Any, which: str) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    getattr(axis, f"{which}axis").set_major_formatter(PercentFormatter(1, symbol=" %"))
+    getattr(axis, f"{which}axis").set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
 
 
 def scores(values: Mapping[str, Sequence[float]], label: str, *, shares: bool) -> Markup:

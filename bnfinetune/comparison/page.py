@@ -50,9 +50,11 @@ def _verdict(found: Comparison) -> str:
     best = f"{found.winner.name} is best on validation"
     open_ones = [name for name, each in found.differences.items() if not each.is_behind]
     if not open_ones:
-        return f"{best}, and surely ahead of all others" if found.differences else best
+        others = {0: "", 1: f", surely ahead of {next(iter(found.differences), '')}"}
+        return best + others.get(len(found.differences), ", surely ahead of all others")
     sure = len(found.differences) - len(open_ones)
-    return f"{best}, surely ahead of {sure} others, not surely of {' and of '.join(open_ones)}"
+    ahead = f", surely ahead of {sure} cell{'s' if sure > 1 else ''}" if sure else ""
+    return f"{best}{ahead}, not surely of {' and of '.join(open_ones)}"
 
 
 def _result(found: Comparison, cells: Sequence[Compared]) -> Part:

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from bnfinetune.comparison.budget import Budget
 from bnfinetune.comparison.cells import Cell
 from bnfinetune.comparison.page import comparison_page
@@ -30,7 +32,7 @@ PLAN, RESULT, PAGE = "plan.json", "comparison.json", "comparison.html"
 def compare(
     cells: Sequence[Cell] | Mapping[str, str | Mapping[str, Any] | Recipe],
     *,
-    seeds: int = 3,
+    seeds: int | Sequence[int] = 3,
     out: str | Path = "runs/comparison",
     jobs: int = 1,
     race: bool = True,
@@ -47,7 +49,7 @@ def compare(
 
     Args:
         cells: Recipes by name, in any form that `finetune` takes, or what `cells_of` gives.
-        seeds: Seeds 0, 1, ... of each cell, a round of all cells each.
+        seeds: Seeds 0, 1, ... of each cell, a round of all cells each; or which ones.
         out: The folder of the comparison.
         jobs: Runs at a time on this machine, each in a process with a device of its own.
         race: Whether cells may leave.
@@ -68,16 +70,17 @@ def compare(
     _plan(folder, planned)
     compared = {cell.name: Compared(cell.name, cell.words) for cell in planned}
     pool: Callable[[], Any] = partial(local_processes, jobs) if executor is None else partial(_kept_open, executor)
-    for seed in range(seeds):
+    order = range(seeds) if isinstance(seeds, int) else seeds
+    for number, seed in enumerate(order):
         due = [cell for cell in planned if compared[cell.name].left_after is None and not compared[cell.name].error]
         if not due:
             break
-        if limit is not None and seed and limit.is_spent(_numbers(compared.values())):
-            say(f"the budget of {limit} is spent: no run with seed {seed} or later is made")
+        if limit is not None and number and limit.is_spent(_numbers(compared.values())):
+            say(f"the budget of {limit} is spent: no further round of seeds is made")
             break
         _make_round(due, seed, folder, compared, pool, say)
-        if race and least_seeds <= seed + 1 < seeds:
-            _let_leave(compared, rounds=seeds - least_seeds, say=say)
+        if race and least_seeds <= number + 1 < len(order):
+            _let_leave(compared, rounds=len(order) - least_seeds, say=say)
     found = Comparison.of(list(compared.values()), metric)
     write_json(folder / RESULT, found.to_dict())
     write_text(folder / PAGE, comparison_page(found, _title(planned)).html())
@@ -107,6 +110,8 @@ def compare_runs(folders: Sequence[str]) -> Comparison:
         cell = Compared(name, (f"recipe={_recipe_file(paths[0])}",))
         cell.runs = {recipes[path].run.seed: Finished.of(Path(path)) for path in paths}
         cells.append(cell)
+    if len(cells) < 2:
+        raise RecipeError("a comparison is of two cells or more; these runs are all of one recipe")
     return Comparison.of(cells, _one_metric([recipes[paths[0]] for paths in groups.values()]))
 
 
@@ -119,9 +124,9 @@ def _cell(name: str, recipe: str | Mapping[str, Any] | Recipe, folder: Path) -> 
 
 def _one_metric(recipes: Sequence[Recipe]) -> str:
     metrics = dict.fromkeys(recipe.best_metric for recipe in recipes)
-    if len(recipes) < 2 or len(metrics) > 1:
-        what = f"{len(recipes)} cell" if len(recipes) < 2 else f"several checkpoint.metric ({', '.join(metrics)})"
-        raise RecipeError(f"a comparison is of two cells or more by one metric; found {what}")
+    if len(metrics) != 1:
+        found = f"several checkpoint.metric ({', '.join(metrics)})" if metrics else "no cell"
+        raise RecipeError(f"cells are compared by one metric; found {found}")
     return next(iter(metrics))
 
 
@@ -155,14 +160,23 @@ def _make_round(
         recipe = cell.recipe.model_copy(update={"run": seeded}).model_dump(mode="json")
         jobs.append(Job(cell.name, recipe, folder / cell.folder / f"seed-{seed}"))
     begin = time.perf_counter()
-    for number, (job, error) in enumerate(make_all(jobs, pool), start=1):
-        if error is not None:
-            compared[job.cell].error = f"seed {seed}: {error}"
-            outcome = error
-        else:
-            run = compared[job.cell].runs[seed] = Finished.of(job.folder)
-            outcome = f"validation {metric} {run.numbers['after']['validation'][metric]:.3f}"
-        say(f"seed {seed}  {number}/{len(jobs)}  {job.cell}  {outcome}  ({time.perf_counter() - begin:.0f} s)")
+    with tqdm(total=len(jobs), unit="run", leave=False, disable=None, dynamic_ncols=True) as bar:
+
+        def look() -> None:
+            running = {job.cell: job.newest for job in jobs if not job.is_done}
+            told = [f"{cell} update {at['update']}, {metric} {at[metric]:.3f}" for cell, at in running.items() if at]
+            bar.set_postfix_str("; ".join(told))
+
+        for number, (job, error) in enumerate(make_all(jobs, pool, look), start=1):
+            if error is not None:
+                compared[job.cell].error = f"seed {seed}: {error}"
+                outcome = error
+            else:
+                run = compared[job.cell].runs[seed] = Finished.of(job.folder)
+                outcome = f"validation {metric} {run.numbers['after']['validation'][metric]:.3f}"
+            bar.update()
+            with bar.external_write_mode():
+                say(f"seed {seed}  {number}/{len(jobs)}  {job.cell}  {outcome}  ({time.perf_counter() - begin:.0f} s)")
 
 
 def _let_leave(compared: Mapping[str, Compared], rounds: int, say: Callable[[str], None]) -> None:

@@ -47,9 +47,12 @@ class Finished:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """What was measured over the run, from before it on."""
+        """What was measured over the run, from before its first update on."""
         lines = (self.folder / METRICS).read_text(encoding="utf-8").splitlines()
-        return [{"update": 0} | self.numbers["before"]["validation"], *map(json.loads, lines)]
+        found = [json.loads(line) for line in lines]
+        if found and found[0]["update"] == 0:  # a head that was fitted was measured once more
+            return found
+        return [{"update": 0} | self.numbers["before"]["validation"], *found]
 
     @classmethod
     def of(cls, folder: Path) -> Finished:
@@ -187,8 +190,8 @@ class Comparison(SavedReport):
         return "\n".join([as_text(self.table()), *left, *failed, f"the best on validation: {self.command}"])
 
 
-def difference_of(first: Mapping[int, Finished], second: Mapping[int, Finished]) -> Difference:
-    """The paired difference of two cells over the seeds that both have.
+def difference_of(first: Mapping[int, Finished], second: Mapping[int, Finished], *, level: float = 0.95) -> Difference:
+    """The paired difference of two cells over the seeds that both have, with its interval of a level.
 
     Raises:
         CheckpointError: They were measured on other images.
@@ -198,7 +201,9 @@ def difference_of(first: Mapping[int, Finished], second: Mapping[int, Finished])
     if any(not np.array_equal(one.row, other.row) for one, other in pairs):
         raise CheckpointError("runs that are compared must be validated on the same images under the same seed")
     alike = _same_rows([one for one, _ in pairs])
-    return paired_difference([one.right for one, _ in pairs], [two.right for _, two in pairs], same_images=alike)
+    return paired_difference(
+        [one.right for one, _ in pairs], [two.right for _, two in pairs], same_images=alike, level=level
+    )
 
 
 def outlook(cell: Compared, best: Compared) -> str | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ import torch
 
 from bnfinetune.errors import BnFinetuneError, error_line
 from bnfinetune.training.run import finetune
-from bnfinetune.training.saving.run_folder import SUMMARY
+from bnfinetune.training.saving.run_folder import METRICS, SUMMARY
 
 _TRIES = 3  # of a run whose process dies
+_LOOK_EVERY = 2  # seconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,14 @@ class Job:
     def is_done(self) -> bool:
         """Whether the run is over."""
         return (self.folder / SUMMARY).is_file()
+
+    @property
+    def newest(self) -> dict[str, Any] | None:
+        """What was measured last; None before the first time."""
+        try:
+            return dict(json.loads((self.folder / METRICS).read_text(encoding="utf-8").splitlines()[-1]))
+        except (OSError, ValueError, IndexError):
+            return None
 
 
 def make_run(recipe: Mapping[str, Any], folder: str) -> str | None:
@@ -50,12 +60,15 @@ def make_run(recipe: Mapping[str, Any], folder: str) -> str | None:
     return None
 
 
-def make_all(jobs: list[Job], executor: Callable[[], Executor]) -> Iterator[tuple[Job, str | None]]:
+def make_all(
+    jobs: list[Job], executor: Callable[[], Executor], look: Callable[[], None] = lambda: None
+) -> Iterator[tuple[Job, str | None]]:
     """Make runs as an executor has room, and give each with what went wrong as it ends.
 
     Args:
         jobs: The runs; one that is over already is given at once.
         executor: Makes an executor; called again when the processes of the one before have died.
+        look: Called every few seconds meanwhile, to show how far the runs are.
     """
     waiting = {job: _TRIES for job in jobs if not job.is_done}
     yield from ((job, None) for job in jobs if job.is_done)
@@ -65,7 +78,7 @@ def make_all(jobs: list[Job], executor: Callable[[], Executor]) -> Iterator[tupl
                 pool.submit(make_run, dict(job.recipe), str(job.folder)): job for job in waiting
             }
             try:
-                for future in as_completed(futures):
+                for future in _as_completed(futures, look):
                     job = futures[future]
                     try:
                         outcome = future.result()
@@ -79,6 +92,14 @@ def make_all(jobs: list[Job], executor: Callable[[], Executor]) -> Iterator[tupl
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+
+def _as_completed(futures: Mapping[Future[str | None], Job], look: Callable[[], None]) -> Iterator[Future[str | None]]:
+    running = set(futures)
+    while running:
+        done, running = wait(running, timeout=_LOOK_EVERY, return_when=FIRST_COMPLETED)
+        yield from done
+        look()
 
 
 def local_processes(count: int) -> Executor:
