@@ -279,6 +279,7 @@ def average(arguments: Arguments) -> None:
     seeds="seeds of each cell (default 3)",
     out="the folder of the comparison (default runs/comparison); the same command goes on with it",
     jobs="runs at a time, each in a process with a device of its own (default 1)",
+    scheduler="address of a Dask scheduler, whose workers make the runs; they must see out= and the data",
     race="on (default): cells that are surely behind leave after two seeds or more; off: all runs are made",
     least_seeds="seeds after which cells may leave (default 2)",
     budget="after which no new round of seeds begins: '30 minutes' of training, '2000 updates' or '50000 images'",
@@ -319,8 +320,20 @@ def compare(arguments: Arguments) -> None:
             _answer_at_once(check_source, source)
 
         from bnfinetune.comparison.race import compare as run_cells
+        from bnfinetune.comparison.runs import cluster
 
-        found = run_cells(cells, seeds=seeds, out=out, jobs=jobs, race=race, least_seeds=least, budget=budget, say=say)
+        executor = cluster(arguments.options["scheduler"]) if "scheduler" in arguments.options else None
+        found = run_cells(
+            cells,
+            seeds=seeds,
+            out=out,
+            jobs=jobs,
+            race=race,
+            least_seeds=least,
+            budget=budget,
+            executor=executor,
+            say=say,
+        )
     print(json.dumps(found.to_dict(), indent=2) if form == "json" else found)
 
 

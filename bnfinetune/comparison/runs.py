@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
@@ -14,12 +16,13 @@ from typing import Any
 
 import torch
 
-from bnfinetune.errors import BnFinetuneError, error_line
+from bnfinetune.errors import BnFinetuneError, RecipeError, error_line
 from bnfinetune.training.run import finetune
 from bnfinetune.training.saving.run_folder import METRICS, SUMMARY
 
 _TRIES = 3  # of a run whose process dies
 _LOOK_EVERY = 2  # seconds
+_ANSWER_WITHIN = 10  # seconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +78,7 @@ def make_all(
     while waiting:
         with executor() as pool:
             futures: dict[Future[str | None], Job] = {
-                pool.submit(make_run, dict(job.recipe), str(job.folder)): job for job in waiting
+                pool.submit(make_run, dict(job.recipe), str(job.folder.absolute())): job for job in waiting
             }
             try:
                 for future in _as_completed(futures, look):
@@ -87,6 +90,8 @@ def make_all(
                         if waiting[job]:
                             continue
                         outcome = f"its process died {_TRIES} times, often for want of memory"
+                    except Exception as error:  # of the executor itself: a cluster has lost its workers, say
+                        outcome = f"{type(error).__name__}: {error}".splitlines()[0]
                     del waiting[job]
                     yield job, outcome
             except BaseException:
@@ -111,9 +116,36 @@ def local_processes(count: int) -> Executor:
     return ProcessPoolExecutor(count, context, _set_apart, (numbers, count))
 
 
+def cluster(address: str) -> Executor:
+    """The executor of a Dask cluster, whose workers see the comparison's folder and the data.
+
+    Raises:
+        RecipeError: Dask is not installed, or no scheduler answers there.
+    """
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise RecipeError('scheduler= needs Dask: pip install "bnfinetune[cluster]"') from error
+    try:
+        executor: Executor = Client(address, timeout=_ANSWER_WITHIN).get_executor(retries=_TRIES, pure=False)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"scheduler={address}: no scheduler of Dask answers; start one by `dask scheduler`, then `dask worker`s"
+        ) from error
+    return executor
+
+
 def _set_apart(numbers: Any, count: int) -> None:
-    """Give this process its device and its cores."""
+    """Give this process its device and its cores, and let it end with the process that started it."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     if torch.cuda.device_count() > 1:
         number = 0 if numbers.empty() else numbers.get()
         os.environ["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
     torch.set_num_threads(max(torch.get_num_threads() // count, 1))
+
+
+def _end_with(parent: int) -> None:
+    """A process that was killed cannot end its own: what goes on without it would hold the lock of its run."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_EVERY / 10)
+    os._exit(1)
