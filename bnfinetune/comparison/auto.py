@@ -18,7 +18,7 @@ from bnfinetune.comparison.cells import Cell, written
 from bnfinetune.comparison.look import Look, look
 from bnfinetune.comparison.page import comparison_page
 from bnfinetune.comparison.race import compare
-from bnfinetune.comparison.result import Comparison, difference_of
+from bnfinetune.comparison.result import Comparison, Finished, difference_of
 from bnfinetune.diagnose.drift_report import BATCH_SIZES
 from bnfinetune.diagnose.recommend import FEW_IMAGES, MEASURED, RUINED, Situation, recommend
 from bnfinetune.errors import RecipeError
@@ -41,12 +41,14 @@ class Found:
         recipe: That was the best.
         reasons: How it was found, a sentence each.
         comparison: Of what was trained.
+        run: The one whose network was kept.
     """
 
     folder: Path
     recipe: Recipe
     reasons: tuple[str, ...]
     comparison: Comparison
+    run: Finished
 
 
 def finetune_auto(recipe: str | Mapping[str, Any] | Recipe = "auto", /, **overrides: Any) -> Found:
@@ -103,10 +105,11 @@ def train_auto(recipe: Recipe, say: Callable[[str], None] = print, executor: Exe
     )
     chosen, why = choice(found, tried)
     decide(why)
-    _keep(folder, found, chosen, reasons)
+    kept = next(cell for cell in found.cells if cell.name == chosen.name).runs[recipe.run.seed]
+    _keep(folder, found, chosen, kept, reasons)
     say(f"{found}\nbest network, by recipe={chosen.name}: {folder / 'best'}")
     say(f"a page to look at: {folder / 'report.html'}")
-    return Found(folder, chosen.recipe, tuple(reasons), found)
+    return Found(folder, chosen.recipe, tuple(reasons), found, kept)
 
 
 def _asked(recipe: Recipe) -> dict[str, Any]:
@@ -248,9 +251,8 @@ def choice(found: Comparison, cells: Sequence[Cell]) -> tuple[Cell, str]:
     return by_name[advised], f"{told}; {advised}, which is advised, is not behind by more than chance ({numbers})"
 
 
-def _keep(folder: Path, found: Comparison, chosen: Cell, reasons: Sequence[str]) -> None:
+def _keep(folder: Path, found: Comparison, chosen: Cell, run: Finished, reasons: Sequence[str]) -> None:
     """Put the best network, the page and the decisions where those of an ordinary run lie."""
-    run = next(iter(next(cell for cell in found.cells if cell.name == chosen.name).runs.values()))
     fresh = folder / "best.new"
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(run.folder / "best", fresh)

@@ -30,7 +30,7 @@ from tests.bench.transfer.tables import tables
 from tests.bench.transfer.ways import Cell, run
 
 WAYS = (
-    *("full", "freeze_bn", "freeze_stats", "precise_bn", "precise_then_freeze", "bn_only", "lp_ft"),
+    *("auto", "full", "freeze_bn", "freeze_stats", "precise_bn", "precise_then_freeze", "bn_only", "lp_ft"),
     *("linear_probe", "freeze_tail", "stoch_norm", "plain PyTorch", "HF Trainer", "timm train.py"),
 )
 FEW = (

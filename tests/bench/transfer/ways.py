@@ -82,6 +82,10 @@ def _ours(cell: Cell, folder: Path) -> tuple[float, float]:
         *changes,
     ]
     with contextlib.redirect_stdout(io.StringIO()):
+        if recipe == "auto":
+            found = bnf.finetune_auto(load_recipe(recipe, overrides))
+            numbers = found.run.numbers["after"]
+            return 100 * numbers["validation"]["top1"], 100 * numbers["test"]["top1"]
         result = bnf.finetune(load_recipe(recipe, overrides))
     return 100 * result.after["validation"].top1, 100 * result.after["test"].top1
 
