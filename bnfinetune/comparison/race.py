@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bnfinetune.comparison.budget import Budget
-from bnfinetune.comparison.cells import Cell
+from bnfinetune.comparison.cells import Cell, written
 from bnfinetune.comparison.page import comparison_page
 from bnfinetune.comparison.paired import still_racing
 from bnfinetune.comparison.result import Compared, Comparison, Finished, on_same_images, outcomes_of
@@ -99,20 +99,28 @@ def compare_runs(folders: Sequence[str]) -> Comparison:
     groups: dict[str, list[str]] = {}
     for path, recipe in recipes.items():
         groups.setdefault(dump_recipe(_without_run(recipe)), []).append(path)
-    names = [recipes[paths[0]].name for paths in groups.values()]
-    first = recipes[folders[0]]
+    alone = [recipes[paths[0]] for paths in groups.values()]
     cells = []
-    for paths in groups.values():
-        recipe = recipes[paths[0]]
-        apart = {key: new for key, (_, new) in diff_recipes(first, recipe).items() if not key.startswith("run.")}
-        told = [f"{key}={value}" for key, value in apart.items() if names.count(recipe.name) > 1]
-        name = ", ".join([recipe.name, *told[:3]])
+    for paths, name in zip(groups.values(), _names(alone), strict=True):
         cell = Compared(name, (f"recipe={_recipe_file(paths[0])}",))
         cell.runs = {recipes[path].run.seed: Finished.of(Path(path)) for path in paths}
         cells.append(cell)
     if len(cells) < 2:
         raise RecipeError("a comparison is of two cells or more; these runs are all of one recipe")
-    return Comparison.of(cells, _one_metric([recipes[paths[0]] for paths in groups.values()]))
+    return Comparison.of(cells, _one_metric(alone))
+
+
+def _names(recipes: Sequence[Recipe]) -> list[str]:
+    """What recipes are called; those of one name, by the keys in which they differ."""
+    names = []
+    for recipe in recipes:
+        apart: dict[str, Any] = {}
+        for other in recipes:
+            if other.name == recipe.name:
+                apart |= {key: mine for key, (mine, _) in diff_recipes(recipe, other).items()}
+        told = [f"{key}={written(value)}" for key, value in apart.items() if not key.startswith("run.")]
+        names.append(", ".join([recipe.name, *told]))
+    return names
 
 
 def _cell(name: str, recipe: str | Mapping[str, Any] | Recipe, folder: Path) -> Cell:

@@ -10,7 +10,7 @@ from torch import nn
 
 from bnfinetune.diagnose.finding import Findings, render
 from bnfinetune.diagnose.set_up import check_set_up
-from bnfinetune.errors import PolicyError
+from bnfinetune.errors import PolicyError, RecipeError
 from bnfinetune.recipe import Model, Recipe
 from bnfinetune.recipe_files import dump_recipe
 from bnfinetune.training.data.from_recipe import recipe_loaders, recipe_splits
@@ -68,7 +68,13 @@ def assemble(recipe: Recipe, accelerator: Accelerator, say: Callable[[str], None
 
     Raises:
         BnFinetuneError: Its network or data cannot be used.
+        RecipeError: It compares others, and says of none of them that it is the one.
     """
+    if recipe.auto.recipes:
+        raise RecipeError(
+            f"recipe={recipe.name} compares {', '.join(recipe.auto.recipes)}: name one of these, or train by "
+            f"`bnfinetune recipe={recipe.name}`, which is bnf.finetune_auto in Python"
+        )
     splits = recipe_splits(recipe, accelerator)
     seed_ranks(recipe.run)
     model = on_main(accelerator, lambda: _backbone(recipe.model, splits.class_names))

@@ -11,7 +11,6 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from bnfinetune.errors import RecipeError
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import dump_recipe, load_recipe
 from bnfinetune.training.assembly import assemble, judge
@@ -76,11 +75,6 @@ def train(recipe: Recipe) -> RunResult:
         SystemExit: SIGTERM came during training, with code 143, after a state was saved.
         KeyboardInterrupt: Ctrl-C came; during training, after a state was saved.
     """
-    if recipe.auto.recipes:
-        raise RecipeError(
-            f"auto.recipes: recipe={recipe.name} compares others: use `bnfinetune recipe={recipe.name}`, or "
-            "bnf.finetune_auto in Python"
-        )
     minutes = recipe.train.timeout_minutes
     check_trackers(recipe.run.tracking)
     accelerator = start_accelerator(recipe.train.mixed_precision, minutes, trains=True)

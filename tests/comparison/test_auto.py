@@ -16,6 +16,7 @@ from bnfinetune.comparison.result import Compared, Comparison, Finished
 from bnfinetune.diagnose.readout import Readout
 from bnfinetune.errors import CheckpointError, RecipeError
 from bnfinetune.recipe_files import load_recipe
+from bnfinetune.training.checkup import check_recipe
 from bnfinetune.training.measuring.outcomes import SplitOutcomes
 from tests.comparison.test_race import Direct
 from tests.training.loop.test_guard import settings
@@ -157,8 +158,9 @@ def test_what_it_is_to_find_cannot_be_given(images, tmp_path, monkeypatch):
         train_auto(auto(images, tmp_path / "out", **{"auto.recipes": ["auto"]}))
     with pytest.raises(RecipeError, match="names no recipes"):
         train_auto(load_recipe("full"))
-    with pytest.raises(RecipeError, match="recipe=auto compares others: use"):
-        bnf.finetune("auto")
+    for use in (bnf.finetune, lambda recipe: check_recipe(load_recipe(recipe))):
+        with pytest.raises(RecipeError, match="recipe=auto compares precise_then_freeze, .*: name one of these"):
+            use("auto")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="recipe=auto compares in one process"):
         train_auto(auto(images, tmp_path / "out"))

@@ -207,6 +207,10 @@ def test_finished_runs_are_compared(images, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert said.count("\n") == 4
     assert "the best on validation: bnfinetune recipe=" in said
+    bnf.finetune("full", **settings(images, "faster", **{"train.epochs": 1, "run.seed": 0, "optim.lr": 0.02}))
+    found = compare_runs(["full0", "freeze_bn0", "faster"])
+    rate = load_recipe("full0/recipe.yaml").optim.lr
+    assert {cell.name for cell in found.cells} == {"freeze_bn", f"full, optim.lr={rate}", "full, optim.lr=0.02"}
     with pytest.raises(RecipeError, match="two cells or more"):
         compare_runs(["full0", "full1"])
     with pytest.raises(CheckpointError, match="nowhere is not a run folder"):
