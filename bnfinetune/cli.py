@@ -136,11 +136,11 @@ def predict(arguments: Arguments) -> None:
 
 
 @verb(
-    "recipe=NAME|FILE [steps=3] [format=table|lines|json] [ignore=CODES] [key=value ...]",
+    "recipe=NAME|FILE [steps=3] [format=table|lines|json|sarif] [ignore=CODES] [key=value ...]",
     overrides=True,
     recipe="a shipped recipe's name, or the path of your own YAML file",
     steps="updates of the dry run (default 3); 0 judges the set-up alone",
-    format="table (default), lines (code, layers, message) or json",
+    format="table (default), lines (code, layers, message), json, or sarif, which code hosts show",
     ignore="codes of rules to leave out, comma-separated",
 )
 def check(arguments: Arguments) -> None:
@@ -151,22 +151,26 @@ def check(arguments: Arguments) -> None:
     Examples:
       bnfinetune check recipe=full train.batch_size=2
       bnfinetune check recipe=mine.yaml format=lines ignore=BN203
+      bnfinetune check recipe=mine.yaml format=sarif > bn.sarif
     """
     from bnfinetune.recipe_files import load_recipe, shipped_recipes
 
     name = arguments.need("recipe", f"write recipe=NAME ({', '.join(shipped_recipes())}) or recipe=FILE.yaml")
-    form = arguments.choose("format", "table", "lines", "json")
+    form = arguments.choose("format", "table", "lines", "json", "sarif")
     steps = _whole(arguments, "steps", default=3, least=0)
     recipe = load_recipe(name, arguments.overrides)
     _answer_at_once(check_source, recipe.data.source)
 
     from bnfinetune.diagnose.finding import render
+    from bnfinetune.diagnose.sarif import as_sarif
     from bnfinetune.training.checkup import check_recipe
     from bnfinetune.training.launch import leave_ranks
 
     found = check_recipe(recipe, steps=steps, ignore=[c for c in arguments.options.get("ignore", "").split(",") if c])
     leave_ranks()
-    if _rank() == 0:
+    if _rank() == 0 and form == "sarif":
+        print(as_sarif(found, f"recipes/{name}.yaml" if name in shipped_recipes() else name))
+    elif _rank() == 0:
         print(render(found, cast("Format", form), color=sys.stdout.isatty()))
     if any(finding.severity == "error" for finding in found):
         sys.stdout.flush()

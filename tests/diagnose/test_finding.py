@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import bnfinetune as bnf
 from bnfinetune.diagnose.finding import Findings, as_globs, render, scope_of
+from bnfinetune.diagnose.sarif import as_sarif
 from tests.diagnose.support import codes, network
 
 parts = st.sampled_from(["a", "b", "1", "bn[0]", "layer*"])
@@ -54,6 +55,24 @@ def test_forms(findings):
     assert len(lines) == 4
     assert lines[-1].startswith(f"{len(findings.unjudged)} rules had nothing to look at: no optimizer, ")
     assert lines[0].split(maxsplit=2)[:2] == ["BN102", "layer1.*"]
+
+
+def test_sarif_holds_what_hosts_ask_for(findings):
+    """What GitHub's documentation requires of an upload, and that indices hang together."""
+    log = json.loads(as_sarif(findings, "mine.yaml"))
+    assert log["version"] == "2.1.0"
+    (run,) = log["runs"]
+    rules = run["tool"]["driver"]["rules"]
+    assert [rule["id"] for rule in rules] == sorted({found.code for found in findings})
+    for found, result in zip(findings, run["results"], strict=True):
+        assert rules[result["ruleIndex"]]["id"] == result["ruleId"] == found.code
+        assert result["level"] == {"error": "error", "warning": "warning", "info": "note"}[found.severity]
+        assert found.measured in result["message"]["text"]
+        assert found.fix in result["message"]["text"]
+        (place,) = result["locations"]
+        assert place["physicalLocation"]["artifactLocation"]["uri"] == "mine.yaml"
+        assert [each["fullyQualifiedName"] for each in place.get("logicalLocations", [])] == list(found.where)
+    assert json.loads(as_sarif([], "mine.yaml"))["runs"][0]["results"] == []
 
 
 def test_nothing_found_says_so():
