@@ -178,10 +178,11 @@ def check(arguments: Arguments) -> None:
 
 
 @verb(
-    "checkpoint=FOLDER [images=256] [page=report.html] [format=table|json] [key=value ...]",
+    "checkpoint=FOLDER [images=256] [minutes=5] [page=report.html] [format=table|json] [key=value ...]",
     overrides=True,
     checkpoint="a run folder (its best checkpoint is taken), RUN/best, or any folder that timm saved",
     images="how many images to measure (default 256)",
+    minutes="after which no further cause of statistics that do not fit is looked for (default 5)",
     page="where to write the report as a page, with the same numbers as JSON beside it",
     format="table (default) or json",
 )
@@ -197,11 +198,13 @@ def inspect(arguments: Arguments) -> None:
     checkpoint = _checkpoint(arguments)
     form = arguments.choose("format", "table", "json")
     images = _whole(arguments, "images", default=256, least=2)
+    minutes = _whole(arguments, "minutes", default=5, least=1)
     _answer_at_once(check_path, load_recipe({}, arguments.overrides).data.source)
 
     from bnfinetune.training.checkup import inspect_checkpoint
 
-    report = inspect_checkpoint(checkpoint, arguments.overrides, images=images, page=arguments.options.get("page"))
+    page = arguments.options.get("page")
+    report = inspect_checkpoint(checkpoint, arguments.overrides, images=images, page=page, minutes=minutes)
     print(json.dumps(report.to_dict(), indent=2) if form == "json" else report)
 
 

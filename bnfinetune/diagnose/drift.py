@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from bnfinetune.bn.folding.fold import unfolded
 from bnfinetune.bn.layers import Selection, find_bn_layers, native_class, select_layers, unwrap
@@ -24,10 +27,15 @@ from bnfinetune.bn.statistics.recorder import drain, recording
 from bnfinetune.diagnose.drift_report import BATCH_SIZES, FITS, DriftReport, LayerReport, Regime
 from bnfinetune.diagnose.facts import is_untouched
 from bnfinetune.diagnose.layer_drift import ImageRows, LayerDrift, compare, drifts, observing
+from bnfinetune.diagnose.prediction import prediction_of
 from bnfinetune.errors import StatisticsError
 
 _CHUNK = 64
 """Images per forward where batch statistics stand for the population's."""
+
+
+def _call(net: nn.Module, images: Tensor) -> Any:
+    return net(images)
 
 
 @torch.no_grad()
@@ -41,6 +49,9 @@ def inspect_bn(
     steps: int | None = None,
     causes: int = 5,
     training_images: int | None = None,
+    forward: Callable[[nn.Module, Tensor], Any] = _call,
+    minutes: float | None = None,
+    progress: bool = False,
 ) -> DriftReport:
     """Measures stored BN statistics against data, layer by layer and channel by channel; changes nothing.
 
@@ -58,6 +69,12 @@ def inspect_bn(
         steps: optimizer updates planned, for the weight that the stored statistics will keep.
         causes: how many of the worst layers to switch one at a time; 0 skips it, stages included.
         training_images: size of the training set; by default that of `data`, if it tells.
+        forward: calls the model with images of shape (B, C, H, W), where it is called otherwise: a detector by
+            `lambda net, images: net.backbone(images)`, say. The prediction is the first tensor with a row for each
+            image, or the field that libraries name so; never a loss.
+        minutes: after which no further cause is looked for, most of the time where statistics do not fit; the report
+            says how many are left out. By default all are.
+        progress: show a bar of the passes over the images.
 
     Returns:
         The report; print it, save it, or write it as a page.
@@ -68,8 +85,10 @@ def inspect_bn(
 
     Raises:
         SelectionError: the model has no BN layer, or a selector matches none.
-        StatisticsError: no data, fewer than 2 images, or no layer keeps running statistics.
+        StatisticsError: no data, fewer than 2 images, no layer keeps running statistics, or no output has a row for
+            each image.
     """
+    begin = time.monotonic()
     net = unwrap(model)
     chosen = {
         name: layer
@@ -84,9 +103,10 @@ def inspect_bn(
         stack.enter_context(evaluation_mode(net))
         stack.enter_context(unfolded(net))  # a folded layer sees what its conv has normalised already
         stack.enter_context(torch.random.fork_rng(devices=_cuda(sample.images.device)))
-        lab = _Lab(net, chosen, sample)
+        bar = stack.enter_context(tqdm(desc="inspect", unit="pass", disable=None if progress else True, leave=False))
+        lab = _Lab(partial(forward, net), chosen, sample, bar)
         report = lab.measure(steps, training_images or _size(data))
-        return lab.with_causes(report, causes)
+        return lab.with_causes(report, causes, math.inf if minutes is None else begin + 60 * minutes)
 
 
 @torch.no_grad()
@@ -138,8 +158,10 @@ def _read(data: Iterable[Any], wanted: int, device: torch.device) -> _Sample:
 class _Lab:
     """A model in evaluation mode, some of its layers, and a sample to try on them."""
 
-    def __init__(self, net: nn.Module, layers: dict[str, nn.Module], sample: _Sample) -> None:
-        self.net, self.layers, self.sample = net, layers, sample
+    def __init__(
+        self, forward: Callable[[Tensor], Any], layers: dict[str, nn.Module], sample: _Sample, bar: tqdm[Any]
+    ) -> None:
+        self.forward, self.layers, self.sample, self.bar = forward, layers, sample, bar
         self._reference: Tensor | None = None
 
     def measure(self, steps: int | None, training_images: int | None) -> DriftReport:
@@ -171,18 +193,27 @@ class _Lab:
             untouched=all(is_untouched(layer) for layer in self.layers.values()),
         )
 
-    def with_causes(self, report: DriftReport, causes: int) -> DriftReport:
-        """Adds what each stage, and each of the worst layers, recovers when it alone normalises by the data."""
+    def with_causes(self, report: DriftReport, causes: int, end: float) -> DriftReport:
+        """Adds what each stage, and each of the worst layers, recovers when it alone normalises by the data.
+
+        Those that are further from the data than others come first; none begins after `end` of the monotonic clock.
+        """
         if not causes or report.drift <= FITS:
             return report
         baseline = _cost(report.running)
-        stages = {prefix: baseline - self._cost_of(names) for prefix, names in _stages(list(report.layers)).items()}
-        worst = {layer.name for layer in report.ranked()[:causes]}
-        layers = {
-            name: replace(layer, loss_recovered=baseline - self._cost_of([name])) if name in worst else layer
-            for name, layer in report.layers.items()
-        }
-        return replace(report, layers=layers, stages=stages)
+        ranked = [layer.name for layer in report.ranked()]
+        stages = _stages(list(report.layers))
+        tries: dict[Any, list[str]] = {**stages, **{(name,): [name] for name in ranked[:causes]}}
+        order = sorted(tries, key=lambda key: (isinstance(key, tuple), min(map(ranked.index, tries[key]))))
+        self.bar.total = self.bar.n + len(tries)
+        recovered = {key: baseline - self._cost_of(tries[key]) for key in order if time.monotonic() < end}
+        layers = {name: replace(layer, loss_recovered=recovered.get((name,))) for name, layer in report.layers.items()}
+        return replace(
+            report,
+            layers=layers,
+            stages={prefix: recovered[prefix] for prefix in stages if prefix in recovered},
+            left_out=len(tries) - len(recovered),
+        )
 
     def _cost_of(self, names: Sequence[str]) -> float:
         with recording({name: self.layers[name] for name in names}, keep=False):
@@ -200,7 +231,8 @@ class _Lab:
         for chunk in chunks:
             if seen is not None:
                 seen.images = len(chunk)
-            parts.append(_scores(self.net(chunk)))
+            parts.append(_prediction(self.forward(chunk), len(chunk)))
+        self.bar.update()
         return torch.cat(parts)
 
     def _regime(self, outputs: Tensor) -> Regime:
@@ -218,11 +250,15 @@ class _Lab:
         return Regime(accuracy, float(F.cross_entropy(outputs, labels)), distance)
 
 
-def _scores(output: Any) -> Tensor:
-    """The first tensor of what a model gives out, in float32."""
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values() if isinstance(output, Mapping) else output))
-    return output.float()
+def _prediction(output: Any, images: int) -> Tensor:
+    """What a model says of each image, in float32."""
+    found = prediction_of(output, images)
+    if found is None:
+        raise StatisticsError(
+            f"the model's output ({type(output).__name__}) has no tensor with a row for each of {images} images; give "
+            "forward=, a function of model and images that returns one, such as a feature map"
+        )
+    return found.float()
 
 
 def _cost(regime: Regime) -> float:

@@ -104,6 +104,7 @@ class DriftReport(SavedReport):
         stages: what each stage's normalisation by the data takes off the loss (or the distance), by prefix.
         training_images: size of the training set, if known.
         untouched: whether all stored statistics are those of construction.
+        left_out: stages and layers whose part was not measured for want of time.
     """
 
     images: int
@@ -116,6 +117,7 @@ class DriftReport(SavedReport):
     stages: dict[str, float]
     training_images: int | None = None
     untouched: bool = False
+    left_out: int = 0
 
     def ranked(self) -> list[LayerReport]:
         """Layers, the furthest off first."""

@@ -109,7 +109,8 @@ def _causes(report: DriftReport) -> list[Part]:
         f"Each stage alone normalises by the data; {best or 'the model'} recovers most, {report.stages[best]:+.2f}."
     )
     text = "A stage that recovers much holds the fault, or stands right behind it and makes up for it."
-    return [Part("Causes", texts=(text,), figures=(Drawing(figures.causes(report), caption),))]
+    left = (f"{report.left_out} stages and layers were not tried for want of time.",) if report.left_out else ()
+    return [Part("Causes", texts=(text, *left), figures=(Drawing(figures.causes(report), caption),))]
 
 
 def _map(report: DriftReport) -> Part:

@@ -119,6 +119,7 @@ def inspect_checkpoint(
     *,
     images: int = 256,
     page: str | Path | None = None,
+    minutes: float | None = None,
 ) -> Inspection:
     """Measures an exported network's statistics on a data set; `bnfinetune inspect` calls this.
 
@@ -131,6 +132,7 @@ def inspect_checkpoint(
         overrides: overrides of the recipe saved in the folder, such as `data.source=path`.
         images: how many images to measure.
         page: where to write the report as a page, with the same numbers as JSON beside it; nowhere by default.
+        minutes: after which no further cause of statistics that do not fit is looked for.
 
     Raises:
         CheckpointError: the folder holds no network.
@@ -146,7 +148,14 @@ def inspect_checkpoint(
         loaders.close()
     readout = read_out(model, batches, accelerator) if _has_classes(batches) else None
     known = batches if exported.knows(splits) else [pictures for pictures, _ in batches]
-    report = inspect_bn(model, known, images=images, training_images=loaders.stats.images)
+    report = inspect_bn(
+        model,
+        known,
+        images=images,
+        training_images=loaders.stats.images,
+        minutes=minutes,
+        progress=accelerator.is_main_process,
+    )
     advice = recommend(Situation.of(report, ranks=accelerator.num_processes, readout=readout))
     findings = check_bn(
         model.train(), batch_size=recipe.train.batch_size, grad_accum=recipe.train.grad_accum, ignore=["BN108"]

@@ -18,6 +18,7 @@ from bnfinetune.diagnose.drift_report import BATCH_SIZES
 from bnfinetune.diagnose.layer_drift import observing
 from bnfinetune.diagnose.recommend import Situation
 from bnfinetune.diagnose.report import drift_page
+from bnfinetune.errors import StatisticsError
 from tests.diagnose.support import FAMILIES, INNER, loader, network
 
 VICTIM = "layer2.0.bn1"
@@ -317,3 +318,54 @@ def test_report_survives_json(backbone, characters, tmp_path):
     assert read["ranked"] == [layer.name for layer in report.ranked()]
     assert read["layers"][VICTIM]["drift"] == pytest.approx(report.layers[VICTIM].drift, rel=1e-4)
     assert read["running"]["accuracy"] == pytest.approx(report.running.accuracy)
+
+
+class Answers(nn.Module):
+    """What libraries' models give: the loss comes first, and the prediction has a name."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        logits = self.net(images)
+        return {"loss": logits.square().mean(), "logits": logits}
+
+
+def test_the_prediction_is_compared_whatever_comes_before_it(backbone, characters):
+    report = inspect_bn(backbone, characters[:4], causes=0)
+    wrapped = inspect_bn(Answers(backbone), characters[:4], causes=0)
+    assert (wrapped.running, wrapped.batch) == (report.running, report.batch)
+
+
+def test_models_that_are_called_otherwise_say_how(backbone, characters):
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = backbone
+
+        def forward(self, images):
+            return [{"boxes": each.new_zeros(2, 4), "scores": each.new_zeros(2)} for each in images]
+
+    data = [images for images, _ in characters[:4]]
+    with pytest.raises(StatisticsError, match="no tensor with a row for each of .* give forward="):
+        inspect_bn(Detector(), data, causes=0)
+    found = inspect_bn(Detector(), data, causes=0, forward=lambda net, images: net.backbone(images))
+    plain = inspect_bn(backbone, data, causes=0)
+    assert (found.running, found.reestimated) == (plain.running, plain.reestimated)
+
+
+def test_causes_beyond_the_time_are_left_out_and_counted(backbone, characters, monkeypatch):
+    backbone.layer2[0].bn1.running_mean += 1  # the fixture is made anew for each test
+    whole = inspect_bn(backbone, characters[:4])
+    tries = len(whole.stages) + sum(layer.loss_recovered is not None for layer in whole.layers.values())
+    assert tries
+    assert whole.left_out == 0
+    none = inspect_bn(backbone, characters[:4], minutes=0)
+    assert (none.stages, none.left_out) == ({}, tries)
+    ticks = iter([0.0, *[0.0] * 3, *[100.0] * 99])
+    monkeypatch.setattr("bnfinetune.diagnose.drift.time.monotonic", lambda: next(ticks))
+    some = inspect_bn(backbone, characters[:4], minutes=1)
+    assert len(some.stages) + sum(layer.loss_recovered is not None for layer in some.layers.values()) == 3
+    assert some.left_out == tries - 3
+    assert some.stages.items() <= whole.stages.items()
