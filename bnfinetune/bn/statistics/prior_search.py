@@ -45,13 +45,14 @@ def choose_prior(
     score: Callable[[], float],
     *,
     shares: Sequence[float] = SHARES,
+    patience: int | None = 2,
     num_samples: int | None = None,
     **options: Any,
 ) -> PriorChoice:
     """Shrinks a model's statistics towards those of data as far as that makes the model better.
 
-    Each weight takes a pass and a score, that of 0 too: it keeps the statistics as they are stored, and wins if nothing
-    beats it. Whatever fails, the model is bit for bit what it was.
+    Weights are tried from 0 up, each by a pass and a score; 0 keeps the statistics as they are stored, and wins if
+    nothing beats it. Whatever fails, the model is bit for bit what it was.
 
     Args:
         model: as for `precise_bn`.
@@ -59,6 +60,7 @@ def choose_prior(
         score: how good the model is with the statistics that it holds now; larger is better. It is called in
             evaluation mode, and gives the same number on all ranks.
         shares: weights w of the data, above 0 and at most 1.
+        patience: how many weights in a row may be no better than the best before the rest are left out; None tries all.
         num_samples: as for `precise_bn`.
         **options: others of `precise_bn`.
 
@@ -76,20 +78,28 @@ def choose_prior(
     samples = samples_in(data, num_samples, options.get("process_group"))
     put_back = kept_buffers(net)
     scores: dict[float, float] = {}
-    best: tuple[PriorChoice, Callable[[], None]] | None = None
+
+    def estimate(share: float) -> tuple[PriorChoice, Callable[[], None]]:
+        put_back()
+        prior = prior_of(share, samples)
+        report = precise_bn(net, data, prior=prior, through="mixture", num_samples=num_samples, **options)
+        return PriorChoice(share, prior, scores, report), kept_buffers(net)
+
     try:
-        for share in sorted({0.0, *shares}):
-            put_back()
-            prior = prior_of(share, samples)
-            report = precise_bn(net, data, prior=prior, through="mixture", num_samples=num_samples, **options)
+        top, held, worse = _scored(net, score, 0.0), None, 0
+        scores[0.0] = top
+        for share in sorted(shares):
+            if worse == patience:
+                break
+            found = estimate(share)
             scores[share] = _scored(net, score, share)
-            if best is None or scores[share] > scores[best[0].share]:
-                best = PriorChoice(share, prior, scores, report), kept_buffers(net)
-        assert best is not None
+            worse = 0 if scores[share] > top else worse + 1
+            if not worse:
+                top, held = scores[share], found
+        choice, hold = held or estimate(0.0)  # whose pass is for its report alone
     except BaseException:
         put_back()
         raise
-    choice, hold = best
     hold()
     return choice
 

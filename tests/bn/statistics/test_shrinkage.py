@@ -139,6 +139,17 @@ def test_a_search_ends_as_the_pass_that_scores_best(name, share):
     assert all(module.training for module in model.modules())
 
 
+def test_a_search_is_over_once_so_many_weights_in_a_row_are_no_better():
+    model, batches = backbone("resnet18"), batches_of(8)
+    shares = (0.1, 0.2, 0.4, 0.6, 0.8)
+    scores = [1.0, 0.9, 2.0, 2.0, 1.5, 9.0]
+    for patience, tried, best in ((1, 2, 0.0), (2, 5, 0.2), (3, 6, 0.8), (None, 6, 0.8)):
+        series = iter(scores)
+        choice = choose_prior(model, batches, lambda series=series: next(series), shares=shares, patience=patience)
+        assert list(choice.scores.values()) == scores[:tried]
+        assert (choice.share, choice.report.share) == (best, best)
+
+
 def test_of_equal_scores_the_stored_statistics_win_and_a_failing_score_leaves_the_model():
     model, batches = backbone("resnet18"), batches_of(8)
     before = tensors_of(model)
