@@ -45,14 +45,14 @@ def choose_prior(
     score: Callable[[], float],
     *,
     shares: Sequence[float] = SHARES,
-    patience: int | None = 2,
+    every: bool = False,
     num_samples: int | None = None,
     **options: Any,
 ) -> PriorChoice:
     """Shrinks a model's statistics towards those of data as far as that makes the model better.
 
-    Weights are tried from 0 up, each by a pass and a score; 0 keeps the statistics as they are stored, and wins if
-    nothing beats it. Whatever fails, the model is bit for bit what it was.
+    0, the middle and the largest weight are tried, then those beside the best, each by a pass and a score; 0 keeps the
+    statistics as they are stored, and wins if nothing beats it. Whatever fails, the model is bit for bit what it was.
 
     Args:
         model: as for `precise_bn`.
@@ -60,7 +60,7 @@ def choose_prior(
         score: how good the model is with the statistics that it holds now; larger is better. It is called in
             evaluation mode, and gives the same number on all ranks.
         shares: weights w of the data, above 0 and at most 1.
-        patience: how many weights in a row may be no better than the best before the rest are left out; None tries all.
+        every: try every weight.
         num_samples: as for `precise_bn`.
         **options: others of `precise_bn`.
 
@@ -85,23 +85,35 @@ def choose_prior(
         report = precise_bn(net, data, prior=prior, through="mixture", num_samples=num_samples, **options)
         return PriorChoice(share, prior, scores, report), kept_buffers(net)
 
+    ladder = sorted({0.0, *shares})
+    hold: tuple[PriorChoice, Callable[[], None]] | None = None
     try:
-        top, held, worse = _scored(net, score, 0.0), None, 0
-        scores[0.0] = top
-        for share in sorted(shares):
-            if worse == patience:
-                break
-            found = estimate(share)
-            scores[share] = _scored(net, score, share)
-            worse = 0 if scores[share] > top else worse + 1
-            if not worse:
-                top, held = scores[share], found
-        choice, hold = held or estimate(0.0)  # whose pass is for its report alone
+        while (share := _next(ladder, scores, every=every)) is not None:
+            found = estimate(share) if share else None
+            value = _scored(net, score, share)
+            if share and value > max(scores.values()):
+                hold = found
+            scores[share] = value
+        choice, put_in = hold or estimate(0.0)  # whose pass is for its report alone
     except BaseException:
         put_back()
         raise
-    hold()
+    put_in()
     return choice
+
+
+def _next(ladder: Sequence[float], scores: dict[float, float], *, every: bool) -> float | None:
+    """The weight to try next: the ends and the middle, then beside the best until both of its neighbours are known.
+
+    Statistics that are far off leave all small weights equally useless, so that a climb from 0 alone would not start.
+    """
+    first = [0.0, ladder[len(ladder) // 2], ladder[-1]]
+    left = [share for share in (ladder if every else first) if share not in scores]
+    if left:
+        return left[0]
+    best = ladder.index(max(scores, key=lambda share: scores[share]))
+    beside = ladder[max(best - 1, 0) : best + 2]
+    return next((share for share in beside if share not in scores), None)
 
 
 def _scored(net: nn.Module, score: Callable[[], float], share: float) -> float:

@@ -85,7 +85,7 @@ def read_out(model: Any, batches: Sequence[tuple[Tensor, Tensor]], accelerator: 
     put_back = kept_buffers(model)
     try:
         choice = choose_prior(
-            model, [images for images, _ in batches], score, shares=READ_AT, patience=None, include_frozen=True
+            model, [images for images, _ in batches], score, shares=READ_AT, every=True, include_frozen=True
         )
     finally:
         put_back()

@@ -139,15 +139,27 @@ def test_a_search_ends_as_the_pass_that_scores_best(name, share):
     assert all(module.training for module in model.modules())
 
 
-def test_a_search_is_over_once_so_many_weights_in_a_row_are_no_better():
-    model, batches = backbone("resnet18"), batches_of(8)
+@pytest.mark.parametrize(
+    ("scores", "tried"),
+    [
+        ({0.0: 3, 0.4: 2, 0.8: 1, 0.1: 2, 0.2: 9}, (0.0, 0.4, 0.8, 0.1)),
+        ({0.0: 1, 0.4: 1, 0.8: 2, 0.6: 1, 0.2: 9}, (0.0, 0.4, 0.8, 0.6)),
+        ({0.0: 1, 0.4: 2, 0.8: 1, 0.2: 3, 0.1: 2}, (0.0, 0.4, 0.8, 0.2, 0.1)),
+        ({0.0: 1, 0.4: 2, 0.8: 1, 0.2: 1, 0.6: 4}, (0.0, 0.4, 0.8, 0.2, 0.6)),
+    ],
+)
+def test_a_search_tries_ends_and_middle_then_beside_the_best(scores, tried):
+    model, batches, asked = backbone("resnet18"), batches_of(8), []
     shares = (0.1, 0.2, 0.4, 0.6, 0.8)
-    scores = [1.0, 0.9, 2.0, 2.0, 1.5, 9.0]
-    for patience, tried, best in ((1, 2, 0.0), (2, 5, 0.2), (3, 6, 0.8), (None, 6, 0.8)):
-        series = iter(scores)
-        choice = choose_prior(model, batches, lambda series=series: next(series), shares=shares, patience=patience)
-        assert list(choice.scores.values()) == scores[:tried]
-        assert (choice.share, choice.report.share) == (best, best)
+    stored = tensors_of(model)
+    series = iter(scores[share] for share in tried)
+    choice = choose_prior(model, batches, lambda: next(series), shares=shares)
+    assert tuple(choice.scores) == tried
+    best = max(choice.scores, key=lambda share: choice.scores[share])
+    assert (choice.share, choice.report.share) == (best, best)
+    assert bool(differing(tensors_of(model), stored)) == (best > 0)
+    choose_prior(model, batches, lambda: asked.append(1) or 0.0, shares=shares, every=True)
+    assert len(asked) == 6
 
 
 def test_of_equal_scores_the_stored_statistics_win_and_a_failing_score_leaves_the_model():
