@@ -30,7 +30,8 @@ def foreign_average(case: Case) -> Iterator[Trouble]:
     **Cause.** EMA or SWA averages parameters and copies buffers, or leaves them at construction.
 
     **Found by.** With `averaged`: its parameters differ from the model's while running statistics are bit for bit the
-    model's, or untouched. Averaging buffers too, or re-estimating them, are both cures; which is better depends.
+    model's, or untouched. Layers whose statistics are frozen, or before which no parameter differs, are left alone.
+    Averaging buffers too, or re-estimating them, are both cures; which is better depends.
 
     ```python
     averaged = torch.optim.swa_utils.AveragedModel(model)           # the pitfall: use_buffers=False
@@ -42,20 +43,28 @@ def foreign_average(case: Case) -> Iterator[Trouble]:
     assert averaged is not None
     theirs = find_bn_layers(averaged)
     own, other = dict(case.bare.named_parameters()), dict(unwrap(averaged).named_parameters())
-    moved = any(name in other and not torch.equal(p.to(other[name].device), other[name]) for name, p in own.items())
+    moved = [n for n, p in own.items() if n in other and not torch.equal(p.to(other[n].device), other[n])]
     foreign = [
         name
         for name, layer in case.layers.items()
         if name in theirs
         and layer.running_mean is not None
+        and not case.is_fixed(name)
+        and _comes_after(case, name, moved)
         and (_same(layer, theirs[name]) or is_untouched(theirs[name]))
     ]
-    if moved and foreign:
+    if foreign:
         yield Trouble(
             tuple(foreign),
             f"the averaged parameters differ from the model's, {len(foreign)} layers' statistics do not",
             "bnf.precise_bn(averaged, loader, include_frozen=True)",
         )
+
+
+def _comes_after(case: Case, layer: str, parameters: list[str]) -> bool:
+    """Whether the input of a layer may depend on one of these parameters: modules are mostly registered as they run."""
+    order = {name: index for index, (name, _) in enumerate(case.bare.named_modules())}
+    return any(order[parameter.rpartition(".")[0]] < order[layer] for parameter in parameters)
 
 
 def _same(first: Any, second: Any) -> bool:

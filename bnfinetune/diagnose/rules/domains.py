@@ -151,7 +151,8 @@ def collapsing_adaptation(case: Case) -> Iterator[Trouble | Lacking]:
     ```
     """
     assert isinstance(case.trace, Trace)
-    counts = [each.predicted for each in case.trace.forwards if each.predicted is not None]
+    seen = [(each.part, each.predicted) for each in case.trace.forwards if each.predicted is not None]
+    counts = [predicted for part, predicted in seen if part == seen[0][0]]
     if len(counts) < 6:
         if case.trace.adapts:
             yield Lacking("fewer than 6 forwards that predict classes")
@@ -200,11 +201,11 @@ def mixed_domains(case: Case) -> Iterator[Trouble | Lacking]:
     ```
     """
     assert isinstance(case.trace, Trace)
-    by_domain: defaultdict[str | None, list[list[Forward]]] = defaultdict(list)
+    by_domain: defaultdict[tuple[str, str | None], list[list[Forward]]] = defaultdict(list)
     for group in case.trace.updates():
         described = [each for each in group if each.updated and each.mean is not None]
-        for domain in {each.domain for each in described}:
-            by_domain[domain].append([each for each in described if each.domain == domain])
+        for domain in dict.fromkeys((each.part, each.domain) for each in described):
+            by_domain[domain].append([each for each in described if (each.part, each.domain) == domain])
     whole = [kept for steps in by_domain.values() if (kept := _whole_steps(steps))]
     judged = [steps for steps in whole if _is_enough(steps)]
     if len(judged) < len(whole):
