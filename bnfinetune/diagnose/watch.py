@@ -154,9 +154,11 @@ class _Watcher:
         parts = {self._root: ""}
         if self._root is self._bare and not is_scripted(self._bare):
             held = {name.rsplit(".", depth)[0] for name in self._layers for depth in range(1, name.count(".") + 1)}
-            for name, module in self._bare.named_modules():
-                if name in held and "_orig_mod" not in name and not is_scripted(module):
-                    parts[module] = name
+            parts |= {
+                module: name
+                for name, module in self._bare.named_modules()
+                if name in held and "_orig_mod" not in name and not is_scripted(module)
+            }
         return parts
 
     def _noting(self, name: str) -> Any:

@@ -27,7 +27,7 @@ def ema(seed: int, planted: bool) -> Findings:
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=not planted)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     with bnf.watch_bn(model, optimizer) as watch:
-        for _ in range(6):
+        for _ in range(3):
             model.train()
             for batch in train:
                 train_epoch(model, optimizer, [batch])
@@ -49,10 +49,10 @@ def swa(seed: int, planted: bool) -> Findings:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     schedule = SWALR(optimizer, swa_lr=0.02)
     with bnf.watch_bn(model, optimizer) as watch:
-        for epoch in range(6):
+        for epoch in range(4):
             model.train()
             train_epoch(model, optimizer, train)
-            if epoch > 2:
+            if epoch > 1:
                 average.update_parameters(model)
                 schedule.step()
         model.eval()
@@ -78,7 +78,7 @@ def schedule_free(seed: int, planted: bool) -> Findings:
     model, (train, test) = fresh("net", seed), loaders(seed)
     optimizer = schedulefree.AdamWScheduleFree(model.parameters(), lr=1e-2)
     with bnf.watch_bn(model, optimizer) as watch:
-        for _ in range(6):
+        for _ in range(3):
             model.train()
             optimizer.train()
             train_epoch(model, optimizer, train)
@@ -106,7 +106,7 @@ def mean_teacher(seed: int, planted: bool) -> Findings:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     draw = torch.Generator().manual_seed(seed)
     with bnf.watch_bn(model, optimizer) as watch:
-        for _ in range(6):
+        for _ in range(3):
             model.train()
             teacher.train(not planted)
             for images, labels in train:

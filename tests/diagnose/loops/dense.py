@@ -60,7 +60,9 @@ def detection(seed: int, planted: bool) -> Findings:
                 model.backbone.set_submodule(name, frozen)
     order = torch.Generator().manual_seed(seed)
     items = _as_boxes(seed, 16)
-    train = DataLoader(items, 2, shuffle=True, generator=order, collate_fn=lambda batch: tuple(zip(*batch, strict=True)))
+    train = DataLoader(
+        items, 2, shuffle=True, generator=order, collate_fn=lambda batch: tuple(zip(*batch, strict=True))
+    )
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.005, momentum=0.9)
     with bnf.watch_bn(model, optimizer) as watch:
         model.train()
@@ -115,9 +117,9 @@ def segmentation(seed: int, planted: bool) -> Findings:
     order = torch.Generator().manual_seed(seed)
     train = DataLoader(_as_maps(seed, 96), 2 if planted else 8, shuffle=True, generator=order, drop_last=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=4 * len(train), power=0.9)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=3 * len(train), power=0.9)
     with bnf.watch_bn(model, optimizer) as watch:
-        for _ in range(1 if planted else 4):
+        for _ in range(1 if planted else 3):
             model.train()
             for images, truth in train:
                 maps = model(images)

@@ -71,7 +71,7 @@ def moco(seed: int, planted: bool) -> Findings:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4)
     draw = torch.Generator().manual_seed(seed)
     with bnf.watch_bn(model, optimizer) as watch:
-        for _ in range(3):
+        for _ in range(2):
             model.train()
             for images, _ in train:
                 loss = F.cross_entropy(*model(*_views(images, draw)))
@@ -174,7 +174,7 @@ def dcgan(seed: int, planted: bool) -> Findings:
     of_critic = torch.optim.Adam(critic.parameters(), lr=2e-4, betas=(0.5, 0.999))
     judge, fixed = nn.BCEWithLogitsLoss(), torch.randn(16, 8, 1, 1)
     with bnf.watch_bn(generator, of_generator) as watch, bnf.watch_bn(critic, of_critic) as watch_critic:
-        for _ in range(6):
+        for _ in range(2):
             for images, _ in train:
                 ones, zeros = torch.ones(len(images), 1), torch.zeros(len(images), 1)
                 critic.zero_grad()

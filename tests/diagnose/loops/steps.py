@@ -51,7 +51,7 @@ def sharpness(seed: int, planted: bool) -> Findings:
     model, (train, test) = fresh("net", seed), loaders(seed)
     optimizer = SAM(model.parameters(), lr=0.05, momentum=0.9)
     with bnf.watch_bn(model, optimizer) as watch:
-        for _ in range(6):
+        for _ in range(3):
             model.train()
             for images, labels in train:
                 set_statistics(model, True)
@@ -81,7 +81,7 @@ def accumulation(seed: int, planted: bool) -> Findings:
     model, (train, test) = pretrained("net", seed), loaders(seed, batch_size=micro, train=256)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     with bnf.watch_bn(model, optimizer) as watch:
-        for _ in range(1 if planted else 3):
+        for _ in range(1 if planted else 2):
             model.train()
             for index, (images, labels) in enumerate(train):
                 (F.cross_entropy(model(images), labels) / 4).backward()
