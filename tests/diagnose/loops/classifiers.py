@@ -64,7 +64,7 @@ def torchvision_reference(seed: int, planted: bool) -> Findings:
     rule="BN601",
 )
 def timm_train(seed: int, planted: bool) -> Findings:
-    model, (train, test) = pretrained("test_efficientnet", seed), loaders(seed)
+    model, (train, test) = pretrained("test_efficientnet", seed), loaders(seed, train=64)
     optimizer = timm.optim.create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05)
     schedule, _ = timm.scheduler.create_scheduler_v2(optimizer, "cosine", num_epochs=2, warmup_epochs=1)
     mixup = timm.data.Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=CLASSES)
@@ -177,7 +177,8 @@ def probe_then_tune(seed: int, planted: bool) -> Findings:
     model.train(planted)
     with bnf.watch_bn(model, probe) as probing:
         train_epoch(model, probe, train)
-    found = Findings(probing.findings)  # what it could not judge, as nothing trained in training mode, is no matter
+    # Without training mode there is little to judge, and `check_bn` takes a model as it will be in training.
+    found = Findings([*probing.findings, *(bnf.check_bn(model, probe, train) if planted else ())])
     model.requires_grad_(True)
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)

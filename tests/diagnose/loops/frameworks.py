@@ -61,7 +61,9 @@ def trainer(seed: int, planted: bool) -> Findings:
             disable_tqdm=True,
             remove_unused_columns=False,
         )
-        training = Trainer(model, arguments, train_dataset=_as_items(seed, 128), eval_dataset=_as_items(seed + 1, 32))
+        training = Trainer(
+            model, arguments, train_dataset=_as_items(seed, 64), eval_dataset=_as_items(10_000 + seed, 32)
+        )
         optimizer = training.create_optimizer()
         with bnf.watch_bn(model, optimizer) as watch, _quiet():
             training.train()
