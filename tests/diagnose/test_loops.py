@@ -64,3 +64,9 @@ def test_the_page_is_of_these_loops():
     page = PAGE.read_text(encoding="utf-8")
     assert recorded("loops").keys() == all_loops().keys()
     assert page_table() in page
+
+
+def test_what_was_measured_is_as_it_must_be():
+    for name, figures in recorded("loops").items():
+        assert (figures["seeds"], figures["false_alarms"]) == (len(ALL), 0), name
+        assert figures["found"] == figures["planted_seeds"] > 0, name

@@ -57,7 +57,52 @@ def foreign_average(case: Case) -> Iterator[Trouble]:
         yield Trouble(
             tuple(foreign),
             f"the averaged parameters differ from the model's, {len(foreign)} layers' statistics do not",
-            "bnf.precise_bn(averaged, loader, include_frozen=True)",
+            f"bnf.precise_bn(averaged, loader, include_frozen=True{_only(case, foreign)})",
+        )
+
+
+def _only(case: Case, names: list[str]) -> str:
+    """The argument that selects these layers, where the model keeps others frozen."""
+    return f", layers={case.globs(names)}" if any(map(case.is_fixed, case.every_layer)) else ""
+
+
+@rule(
+    "BN606",
+    "an average re-estimated the statistics that training kept frozen",
+    "warning",
+    why="All weights were trained around the fixed statistics; with others the averaged network is one nobody trained.",
+    needs=("averaged",),
+)
+def thawed_average(case: Case) -> Iterator[Trouble]:
+    """**Symptom.** After SWA with frozen BN the averaged model is worse than any of those it is the mean of.
+
+    **Cause.** `torch.optim.swa_utils.update_bn` resets every BN layer and puts it in training mode; it does not know
+    which the model keeps frozen.
+
+    **Found by.** With `averaged`: layers whose statistics are frozen in the model, and differ in the average.
+
+    ```python
+    for layer in bnf.find_bn_layers(model).values():
+        layer.eval()                                                # frozen in training
+    torch.optim.swa_utils.update_bn(loader, averaged)               # the pitfall
+
+    bnf.freeze_bn(model)                                            # repaired: said to the layers, before averaging,
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    bnf.precise_bn(averaged, loader)                                # which leaves frozen ones alone
+    ```
+
+    The fix takes the statistics back from the model.
+    """
+    averaged = case.context.averaged
+    assert averaged is not None
+    theirs = find_bn_layers(averaged)
+    thawed = [n for n in case.layers if n in theirs and case.is_fixed(n) and not _same(case.layers[n], theirs[n])]
+    if thawed:
+        yield Trouble(
+            tuple(thawed),
+            f"{len(thawed)} layers are frozen in the model, and have other statistics in the average",
+            f"for name in {thawed!r}: old, new = (bnf.find_bn_layers(each)[name] for each in (model, averaged)); "
+            "new.running_mean.copy_(old.running_mean); new.running_var.copy_(old.running_var)",
         )
 
 
