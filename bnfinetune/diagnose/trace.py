@@ -22,6 +22,7 @@ class LayerCalls:
         was_apart: it has stood in evaluation mode while the model trained.
         unfrozen: updates of its statistics after that.
         updating: forwards with gradients that updated its statistics.
+        momentum: with which the last of them did.
         silent: forwards without gradients that did.
         averaged: more of them, with the weights that `optimizer.eval()` put in, not yet followed by an evaluation;
             schedule-free's own way to statistics of these weights.
@@ -32,6 +33,7 @@ class LayerCalls:
     was_apart: bool = False
     unfrozen: int = 0
     updating: int = 0
+    momentum: float | None = None
     silent: int = 0
     averaged: int = 0
     recomputed: int = 0

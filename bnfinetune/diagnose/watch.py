@@ -179,6 +179,7 @@ class _Watcher:
                 calls.normalised += 1
                 moved = updates_now(layer)
                 calls.updating += moved
+                calls.momentum = getattr(layer, "momentum", None) if moved else calls.momentum
                 calls.unfrozen += moved and calls.was_apart
                 if moved and self._now is not None:
                     self._now.updated, self._now.domain = True, getattr(layer, "_bn_domain", None)
@@ -308,7 +309,8 @@ class _Watcher:
         return tuple(
             name
             for name, calls in self._trace.layers.items()
-            if calls.updating and is_warming(self._layers[name], self._start[name], calls.updating + calls.silent)
+            if calls.updating
+            and is_warming(self._layers[name], self._start[name], calls.updating + calls.silent, calls.momentum)
         )
 
 
@@ -328,13 +330,13 @@ def updates_before(layer: Any) -> int | None:
     return int(counter) or None if counter is not None else None
 
 
-def is_warming(layer: nn.Module, before: int | None, since: int) -> bool:
+def is_warming(layer: nn.Module, before: int | None, since: int, momentum: float | None) -> bool:
     """Whether more of the running statistics' construction is left after so many updates than may be.
 
-    After T updates with momentum m, mean 0 and variance 1 still have the weight (1 - m)^T. Momentum may have been
-    another once, so that from some number of updates on the layer is taken for trained.
+    After T updates with momentum m, mean 0 and variance 1 still have the weight (1 - m)^T. What counts is the momentum
+    of the last update, as sharpness-aware loops set it to 0 in between. It may have been another once, so that from
+    some number of updates on the layer is taken for trained.
     """
-    momentum = getattr(layer, "momentum", None)
     cumulative = isinstance(layer, SwitchedBN) and switches_of(layer).update_stats == "cumulative"
     if before is None or before >= _TRAINED or momentum is None or cumulative:
         return False

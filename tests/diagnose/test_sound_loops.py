@@ -302,6 +302,20 @@ def test_averages_that_forget_their_construction_at_once_are_judged(name):
     assert not watched(model, sgd(model), loader(16, batch_size=8)).trace.warming
 
 
+def test_momentum_of_0_between_updates_is_no_warming(name):
+    """Sharpness-aware loops leave it at 0 after the second forward of each step."""
+    model = settled(name)
+    layers = bnf.find_bn_layers(model).values()
+    with bnf.watch_bn(model, rerun=True) as watch:
+        for images, labels in loader(16, batch_size=8):
+            for momentum in (0.1, 0.0):
+                for layer in layers:
+                    layer.momentum = momentum
+                nn.functional.cross_entropy(model(images), labels).backward()
+    assert not watch.trace.warming
+    assert "BN302" not in codes(watch.findings)
+
+
 # mixed images
 
 
