@@ -172,14 +172,20 @@ class Case:
 
     @cached_property
     def head(self) -> set[int]:
-        """Identities of the classifier's modules: timm's own, else the last child with parameters."""
-        bare: Any = self.bare
-        if hasattr(bare, "get_classifier"):
-            found = bare.get_classifier()
-            heads = list(found) if isinstance(found, tuple | list) else [found]
+        """Identities of the classifier's modules: timm's own, else the last child with parameters.
+
+        Of a module that holds nothing but one network, as those of transformers and Lightning may, it is the network's.
+        """
+        network: Any = self.bare
+        while not hasattr(network, "get_classifier"):
+            children = [child for child in network.children() if any(True for _ in child.parameters())]
+            if len(children) != 1 or any(True for _ in network.parameters(recurse=False)):
+                heads = children[-1:] if len(children) > 1 else []
+                break
+            network = children[0]
         else:
-            children = [child for child in self.bare.children() if any(True for _ in child.parameters())]
-            heads = children[-1:] if len(children) > 1 else []
+            found = network.get_classifier()
+            heads = list(found) if isinstance(found, tuple | list) else [found]
         return {id(module) for head in heads if isinstance(head, nn.Module) for module in head.modules()}
 
     @cached_property

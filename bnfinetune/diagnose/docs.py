@@ -43,7 +43,8 @@ On the command line: `bnfinetune check recipe=full train.batch_size=2`.
 `error`: results are wrong. `warning`: results suffer. `info`: worth knowing. Leave rules out by
 `ignore=["BN503"]`, or for layers that break one on purpose, as key encoders and mean teachers do, by
 `bnf.expect(model, ["BN102", "BN303"], layers="encoder_k.*")`. The last line says which rules had nothing to look at,
-and why: silence is no all-clear.
+and why: silence is no all-clear. [Ordinary training loops](loops.md) are what the doctor is tried on: which it leaves
+alone, and which fault in each it finds.
 
 What the statistics are worth on given data is measured by `bnf.inspect_bn(model, data)` and
 `bnfinetune inspect checkpoint=FOLDER page=report.html`, which writes a page like this one, here with a planted shift in

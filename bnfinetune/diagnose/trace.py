@@ -22,7 +22,10 @@ class LayerCalls:
         was_apart: it has stood in evaluation mode while the model trained.
         unfrozen: updates of its statistics after that.
         updating: forwards with gradients that updated its statistics.
+        momentum: with which the last of them did.
         silent: forwards without gradients that did.
+        averaged: more of them, with the weights that `optimizer.eval()` put in, not yet followed by an evaluation;
+            schedule-free's own way to statistics of these weights.
         recomputed: recomputations in backward that did.
         normalised: forwards with gradients in training mode, updating or not.
     """
@@ -30,14 +33,16 @@ class LayerCalls:
     was_apart: bool = False
     unfrozen: int = 0
     updating: int = 0
+    momentum: float | None = None
     silent: int = 0
+    averaged: int = 0
     recomputed: int = 0
     normalised: int = 0
 
 
 @dataclass
 class Forward:
-    """One forward of the whole model.
+    """One forward of the whole model, or of a part of it that was called by itself.
 
     Attributes:
         step: optimizer updates done before it.
@@ -52,6 +57,7 @@ class Forward:
         updated: whether any BN layer updated its statistics in it.
         domain: whose statistics these were; None for the layers' own.
         foreign: whether an evaluation with the weights that `optimizer.eval()` put in, and statistics of those before.
+        part: name of the part; empty for the whole model.
         backwards: backward passes through its output.
         predicted: how often each class was predicted, where that was asked for.
     """
@@ -68,6 +74,7 @@ class Forward:
     updated: bool = False
     domain: str | None = None
     foreign: bool = False
+    part: str = ""
     backwards: int = 0
     predicted: Tensor | None = None
 
@@ -108,7 +115,7 @@ class Trace:
 
     Attributes:
         layers: calls of each BN layer, by name.
-        forwards: forwards of the whole model, in order; the last 4096 of them.
+        forwards: forwards of the whole model and of parts that were called by themselves, in order; the last 4096.
         steps: optimizer updates.
         unanswered: most training forwards in a row before a backward.
         adapts: whether only BN parameters train, as in test-time adaptation.
@@ -145,14 +152,18 @@ class Trace:
 
     @property
     def evaluated(self) -> bool:
-        """Whether an evaluation was seen: a forward without gradients."""
-        return any(not forward.grad for forward in self.forwards)
+        """Whether an evaluation was seen: a forward without gradients, of what trains or of the whole."""
+        parts = {"", *(forward.part for forward in self.forwards if forward.trains)}
+        return any(not forward.grad and forward.part in parts for forward in self.forwards)
 
     def sizes(self) -> tuple[int | None, int | None]:
-        """Height of the images in the last training forward and in the last evaluation."""
-        train = [each.size for each in self.forwards if each.trains]
-        evaluated = [each.size for each in self.forwards if not each.training and not each.grad]
-        return (train or [None])[-1], (evaluated or [None])[-1]
+        """Height of the images in the last training forward, and in the last evaluation of the same part."""
+        train = [each for each in self.forwards if each.trains]
+        if not train:
+            return None, None
+        alike = [each for each in self.forwards if each.part == train[-1].part]
+        evaluated = [each.size for each in alike if not each.training and not each.grad]
+        return train[-1].size, (evaluated or [None])[-1]
 
     def updates(self) -> Iterator[list[Forward]]:
         """Training forwards, grouped by the optimizer update that they led to."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import takewhile
@@ -122,10 +122,13 @@ class _Watcher:
         trace.layers = {name: LayerCalls(was_apart=case.set_apart(name)) for name in self._layers}
         self._optimizer = case.optimizer
         self._trained: list[int] = []  # versions of the statistics after the last training forward
+        self._anew = False  # whether forwards without gradients have moved them since, for the optimizer's average
+        self._parts = self._parts_of_model()
+        self._outermost: nn.Module | None = None  # of the modules that are running
         self._now: Forward | None = None
         self._open = 0
-        self._recent: deque[Call] = deque(maxlen=_BATCHES)
-        self._evaluated: Call | None = None
+        self._recent: defaultdict[str, deque[Call]] = defaultdict(lambda: deque(maxlen=_BATCHES))
+        self._evaluated: dict[str, Call] = {}
         self._start = {name: updates_before(layer) for name, layer in self._layers.items()}
 
     @contextmanager
@@ -135,12 +138,28 @@ class _Watcher:
                 if is_scripted(layer):
                     continue
                 handles.callback(layer.register_forward_pre_hook(self._noting(name)).remove)
-            before = self._root.register_forward_pre_hook(self._begin, with_kwargs=True)
-            handles.callback(before.remove)
-            handles.callback(self._root.register_forward_hook(self._end).remove)
+            for part in self._parts:
+                handles.callback(part.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+                handles.callback(part.register_forward_hook(self._end, always_call=True).remove)
             if optimizer is not None:
                 handles.callback(optimizer.register_step_post_hook(self._step).remove)
             yield
+
+    def _parts_of_model(self) -> dict[nn.Module, str]:
+        """The model and all in it that holds BN layers, by module: loops may call parts of it by themselves.
+
+        So does Lightning, whose `training_step` runs networks that are children of the module that it is given. Inside
+        of what is compiled or scripted no hooks may be set.
+        """
+        parts = {self._root: ""}
+        if self._root is self._bare and not is_scripted(self._bare):
+            held = {name.rsplit(".", depth)[0] for name in self._layers for depth in range(1, name.count(".") + 1)}
+            parts |= {
+                module: name
+                for name, module in self._bare.named_modules()
+                if name in held and "_orig_mod" not in name and not is_scripted(module)
+            }
+        return parts
 
     def _noting(self, name: str) -> Any:
         calls, bare = self._trace.layers[name], self._bare
@@ -151,11 +170,16 @@ class _Watcher:
             elif recomputing():
                 calls.recomputed += updates_now(layer, recompute=True)
             elif not torch.is_grad_enabled():
-                calls.silent += updates_now(layer) and layer.momentum is not None
+                moved = updates_now(layer) and layer.momentum is not None
+                averaged = moved and evaluates_others(self._optimizer)
+                self._anew |= averaged
+                calls.averaged += averaged
+                calls.silent += moved and not averaged
             else:
                 calls.normalised += 1
                 moved = updates_now(layer)
                 calls.updating += moved
+                calls.momentum = getattr(layer, "momentum", None) if moved else calls.momentum
                 calls.unfrozen += moved and calls.was_apart
                 if moved and self._now is not None:
                     self._now.updated, self._now.domain = True, getattr(layer, "_bn_domain", None)
@@ -163,41 +187,49 @@ class _Watcher:
         return note
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if recomputing():
+        if recomputing() or (self._outermost is not None and module is not self._root):
             return
-        grad = torch.is_grad_enabled()
-        forward = Forward(self._trace.steps, self._bare.training, grad)
+        self._outermost, part, grad = module, self._parts[module], torch.is_grad_enabled()
+        mode = module.training if part else self._bare.training
+        forward = Forward(self._trace.steps, mode, grad, part=part)
         image = first_tensor((args, kwargs))
         if image is not None and image.ndim:
             _describe_input(forward, image)
         if not forward.training and evaluates_others(self._optimizer):
             forward.foreign = not self._computed_anew()
+            for calls in self._trace.layers.values():
+                calls.averaged = 0  # they were for this
         self._trace.forwards.append(forward)
         self._now = forward
+        if first_tensor((args, kwargs), lambda tensor: tensor.requires_grad) is not None:
+            return  # not from a loader, and with a graph that must not be kept
         if forward.trains:
-            self._recent.appendleft((args, kwargs))
+            self._recent[part].appendleft((args, kwargs))
         elif not forward.training and not grad and forward.images >= FEW_IMAGES:
-            self._evaluated = args, kwargs
+            self._evaluated[part] = args, kwargs
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        forward, self._now = self._now, None
-        if forward is not None and forward.trains:
-            self._trained = self._versions()
+        if module is not self._outermost or recomputing():
+            return
+        forward, self._now, self._outermost = self._now, None, None
         if forward is None:
             return
+        if forward.trains:
+            self._trained, self._anew = self._versions(), False
         out = prediction_of(output, forward.images)
         # A loss that the model computes itself may be left aside by the loop; what it predicts is hardly.
         learns = out if out is not None and out.requires_grad else first_tensor(output, lambda t: t.requires_grad)
         if learns is not None:
-            self._open += 1
-            self._trace.unanswered = max(self._trace.unanswered, self._open)
+            if not forward.part:
+                self._open += 1
+                self._trace.unanswered = max(self._trace.unanswered, self._open)
             learns.register_hook(lambda _: self._backward(forward))
         if self._trace.adapts and out is not None and out.ndim == 2 and out.shape[1] > 1:
             forward.predicted = torch.bincount(out.detach().argmax(1), minlength=out.shape[1])
 
     def _computed_anew(self) -> bool:
         """Whether somebody has written to statistics since the last training forward; forwards for it are no tests."""
-        anew = self._versions() != self._trained
+        anew = self._anew or self._versions() != self._trained
         if anew:
             for forward in self._since_training():
                 forward.foreign = False
@@ -224,11 +256,13 @@ class _Watcher:
     def run_again(self) -> None:
         """Runs the last batches as evaluation and as training normalise them, and notes what came of it."""
         self._trace.warming = self._warming()
-        if not self._recent:
+        part = self._most_trained()
+        if part is None:
             return
         try:
-            gaps = [self._gap(call) for call in self._recent]
-            self._trace.held_out = None if self._evaluated is None else self._gap(self._evaluated)
+            gaps = [self._gap(part, call) for call in self._recent[part]]
+            evaluated = self._evaluated.get(part)
+            self._trace.held_out = None if evaluated is None else self._gap(part, evaluated)
         except Exception as error:  # a model may refuse its training input in evaluation mode in any way
             warnings.warn(
                 f"watch_bn could not run the last batches again, so BN201 and BN203 are left out: {error}", stacklevel=4
@@ -237,7 +271,16 @@ class _Watcher:
         self._trace.gaps = [gap for gap in gaps if gap is not None]
         self._trace.no_gap = "no prediction with a row for each image"
 
-    def _gap(self, call: Call) -> Gap | None:
+    def _most_trained(self) -> str | None:
+        """The part of the model whose statistics training moves most often, of those that batches can be run of again.
+
+        Where none moves, as statistics are fixed, the one that trains most often.
+        """
+        trained = [each for each in self._trace.forwards if each.trains and each.part in self._recent]
+        counts = Counter(each.part for each in trained if each.updated) or Counter(each.part for each in trained)
+        return counts.most_common(1)[0][0] if counts else None
+
+    def _gap(self, part: str, call: Call) -> Gap | None:
         """One batch under both normalisations; None if it holds no images, or the model predicts nothing of each."""
         images = first_tensor(call)
         if images is None or images.ndim == 0:
@@ -245,20 +288,20 @@ class _Watcher:
         tracked = {name: layer for name, layer in self._layers.items() if population_of(layer).stats is not None}
         live = {name: layer for name, layer in tracked.items() if self._trace.layers[name].updating}
         with evaluation_mode(self._bare), unfolded(self._bare), _same_draws(images.device):
-            evaluated, by_running = self._again(call, tracked, len(images))
+            evaluated, by_running = self._again(part, call, tracked, len(images))
             with recording(live, keep=False):
-                trained, by_batch = self._again(call, live, len(images))
+                trained, by_batch = self._again(part, call, live, len(images))
         if evaluated is None or trained is None:
             return None
         return Gap(len(images), *difference(evaluated, trained), by_running, by_batch)
 
     def _again(
-        self, call: Call, layers: dict[str, nn.Module], images: int
+        self, part: str, call: Call, layers: dict[str, nn.Module], images: int
     ) -> tuple[Tensor | None, dict[str, LayerDrift]]:
         args, kwargs = call
         with observing(layers) as seen:
             seen.images = images
-            output = self._bare(*args, **kwargs)
+            output = self._bare.get_submodule(part)(*args, **kwargs)
         return prediction_of(output, images), drifts(layers, seen)
 
     def _warming(self) -> tuple[str, ...]:
@@ -266,7 +309,8 @@ class _Watcher:
         return tuple(
             name
             for name, calls in self._trace.layers.items()
-            if calls.updating and is_warming(self._layers[name], self._start[name], calls.updating + calls.silent)
+            if calls.updating
+            and is_warming(self._layers[name], self._start[name], calls.updating + calls.silent, calls.momentum)
         )
 
 
@@ -286,13 +330,13 @@ def updates_before(layer: Any) -> int | None:
     return int(counter) or None if counter is not None else None
 
 
-def is_warming(layer: nn.Module, before: int | None, since: int) -> bool:
+def is_warming(layer: nn.Module, before: int | None, since: int, momentum: float | None) -> bool:
     """Whether more of the running statistics' construction is left after so many updates than may be.
 
-    After T updates with momentum m, mean 0 and variance 1 still have the weight (1 - m)^T. Momentum may have been
-    another once, so that from some number of updates on the layer is taken for trained.
+    After T updates with momentum m, mean 0 and variance 1 still have the weight (1 - m)^T. What counts is the momentum
+    of the last update, as sharpness-aware loops set it to 0 in between. It may have been another once, so that from
+    some number of updates on the layer is taken for trained.
     """
-    momentum = getattr(layer, "momentum", None)
     cumulative = isinstance(layer, SwitchedBN) and switches_of(layer).update_stats == "cumulative"
     if before is None or before >= _TRAINED or momentum is None or cumulative:
         return False

@@ -107,7 +107,7 @@ def kill_one_worker(cluster, out):
     os.kill(next(iter(cluster.workers.values())).process.pid, signal.SIGKILL)
 
 
-def test_a_cluster_whose_worker_is_killed_gives_the_same_table(images, tmp_path, capsys):
+def test_a_dask_cluster_whose_worker_is_killed_gives_the_same_table(images, tmp_path, capsys):
     distributed = pytest.importorskip("distributed")
     from bnfinetune.cli import main
 
@@ -126,7 +126,7 @@ def test_a_cluster_whose_worker_is_killed_gives_the_same_table(images, tmp_path,
     assert table(out) == table(tmp_path / "here")
 
 
-def test_a_scheduler_that_does_not_answer_is_told(monkeypatch):
+def test_a_dask_scheduler_that_does_not_answer_is_told(monkeypatch):
     pytest.importorskip("distributed")
     monkeypatch.setattr(runs, "_ANSWER_WITHIN", 1)
     with pytest.raises(RecipeError, match=r"scheduler=tcp://127.0.0.1:9: no scheduler of Dask answers"):

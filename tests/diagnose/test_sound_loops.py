@@ -302,6 +302,20 @@ def test_averages_that_forget_their_construction_at_once_are_judged(name):
     assert not watched(model, sgd(model), loader(16, batch_size=8)).trace.warming
 
 
+def test_momentum_of_0_between_updates_is_no_warming(name):
+    """Sharpness-aware loops leave it at 0 after the second forward of each step."""
+    model = settled(name)
+    layers = bnf.find_bn_layers(model).values()
+    with bnf.watch_bn(model, rerun=True) as watch:
+        for images, labels in loader(16, batch_size=8):
+            for momentum in (0.1, 0.0):
+                for layer in layers:
+                    layer.momentum = momentum
+                nn.functional.cross_entropy(model(images), labels).backward()
+    assert not watch.trace.warming
+    assert "BN302" not in codes(watch.findings)
+
+
 # mixed images
 
 
@@ -494,6 +508,186 @@ def test_rules_and_layers_that_are_not_there_are_refused(name):
         bnf.expect(network(name), "BN999")
     with pytest.raises(bnf.errors.SelectionError, match="matches no BN layer"):
         bnf.expect(network(name), "BN102", layers="key.*")
+
+
+# parts that loops call by themselves
+
+
+class Module(nn.Module):
+    """As of Lightning: the loop calls methods of it, and these its networks; nobody calls the whole."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.model, self.other = settled(name), nn.Linear(2, 2)
+
+    def training_step(self, images, labels):
+        return nn.functional.cross_entropy(self.model(images), labels)
+
+
+def test_parts_that_are_called_by_themselves_are_seen(name):
+    module = Module(name)
+    optimizer = sgd(module)
+    with bnf.watch_bn(module.model, optimizer) as alone, bnf.watch_bn(module, optimizer) as watch:
+        for images, labels in loader(32, batch_size=8):
+            module.training_step(images, labels).backward()
+            optimizer.step()
+    assert [each.part for each in watch.trace.forwards] == ["model"] * 4
+    assert all(each.trains and each.updated and each.backwards for each in watch.trace.forwards)
+    assert [gap.images for gap in watch.trace.gaps] == [8] * 4
+    distances = [[gap.distance for gap in each.trace.gaps] for each in (watch, alone)]
+    assert distances[0] == pytest.approx(distances[1], rel=1e-3)
+    assert "no training step" not in watch.findings.unjudged.values()
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+def test_a_whole_that_is_called_has_no_parts(name):
+    watch = watched(settled(name), sgd(network(name)), loader(16, batch_size=8))
+    assert [each.part for each in watch.trace.forwards] == ["", ""]
+
+
+def test_a_forward_that_fails_hides_none_after_it(name):
+    module = Module(name)
+    with bnf.watch_bn(module, rerun=False) as watch:
+        with pytest.raises(RuntimeError):
+            module.model(torch.zeros(2, 5, 32, 32))
+        module.training_step(torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)).backward()
+    assert [each.part for each in watch.trace.forwards] == ["model", "model"]
+    assert watch.trace.forwards[-1].backwards == 1
+
+
+def test_the_same_images_in_two_parts_are_no_repetition(name):
+    pair = nn.ModuleDict({"one": network(name), "other": network(name)})
+    optimizer = sgd(pair)
+
+    def step(images, parts):
+        sum(pair[part](images).sum() for part in parts).backward()
+        optimizer.step()
+
+    for parts, said in ((("one", "other"), False), (("one", "other", "one"), True)):
+        with bnf.watch_bn(pair, optimizer, rerun=False) as watch:
+            for images, _ in loader(8, batch_size=4):
+                step(images, parts)
+        assert ("BN302" in codes(watch.findings)) == said
+
+
+def test_training_in_evaluation_mode_is_told_by_part(name):
+    """A frozen network in evaluation mode that gradients pass, beside one that trains, leaks no mode."""
+    pair = nn.ModuleDict({"model": network(name), "loss": network(name).requires_grad_(False)})
+
+    def watch(modes):
+        with bnf.watch_bn(pair, rerun=False) as watching:
+            for mode in modes:
+                pair.model.train(mode)
+                images = torch.randn(4, 3, 32, 32, requires_grad=True)
+                (pair.model(images).sum() + pair.loss.eval()(images).sum()).backward()
+        return codes(watching.findings)
+
+    assert "BN304" not in watch([True, True])
+    assert "BN304" in watch([True, False])
+
+
+# freezing in parts
+
+
+def test_a_teacher_of_another_type_is_no_missed_type():
+    pair = nn.ModuleDict({"student": network("resnet18"), "teacher": network("efficientnet_b0")})
+    pair.teacher.requires_grad_(False)
+    pair.teacher.eval()
+    assert "BN107" not in codes(bnf.check_bn(pair))
+    for layer in bnf.find_bn_layers(pair.teacher).values():
+        layer.requires_grad_(False)
+    for parameter in pair.teacher.parameters():
+        parameter.requires_grad_(parameter.ndim > 1)  # BN alone is frozen, and only that of one type
+    assert "BN107" in codes(bnf.check_bn(pair))
+
+
+def test_the_classifier_of_a_wrapped_network_is_found(name):
+    wrapper = nn.ModuleDict({"model": network(name)})
+    for parameter in wrapper.parameters():
+        parameter.requires_grad_(False)
+    wrapper.model.get_classifier().requires_grad_(True)
+    found = codes(bnf.check_bn(wrapper))
+    assert "BN305" in found
+    assert "BN102" not in found
+
+
+# averages
+
+
+def averaged_from(model, buffers):
+    """An average of weights that have moved since, without the statistics of layers whose names these are."""
+    average = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+        for each, layer in bnf.find_bn_layers(model).items():
+            if each not in buffers:
+                layer.running_mean.add_(1)
+    return average
+
+
+def test_frozen_layers_of_an_average_are_the_models(name):
+    model = network(name)
+    first = next(iter(bnf.find_bn_layers(model)))
+    model.requires_grad_(False)
+    model.get_submodule(first).eval()
+    model.get_classifier().requires_grad_(True)
+    assert "BN601" not in codes(bnf.check_bn(model, averaged=averaged_from(model, [first])))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nor_are_those_before_which_nothing_moved(name, training):
+    model = network(name).train(training)
+    first, *_, last = bnf.find_bn_layers(model)
+    for parameter in list(model.parameters())[:3]:
+        parameter.requires_grad_(False)
+    assert "BN601" not in codes(bnf.check_bn(model, averaged=averaged_from(model, [first])))
+    assert the(bnf.check_bn(model, averaged=averaged_from(model, [last])), "BN601").where == (last,)
+
+
+# schedule-free
+
+
+def test_schedule_frees_own_way_to_statistics(name):
+    """Forwards in training mode without gradients before an evaluation, as its README teaches."""
+    schedulefree = pytest.importorskip("schedulefree")
+    model = settled(name)
+    optimizer = schedulefree.AdamWScheduleFree(model.parameters(), lr=1e-4)
+
+    def watch(*, anew, evaluated):
+        optimizer.train()
+        with bnf.watch_bn(model, optimizer, rerun=False) as watching:
+            for images, labels in loader(16, batch_size=8):
+                train_step(model.train(), optimizer, images, labels)
+            optimizer.eval()
+            with torch.no_grad():
+                if anew:
+                    model(torch.randn(8, 3, 32, 32))
+                if evaluated:
+                    model.eval()(torch.randn(8, 3, 32, 32))
+        return codes(watching.findings) & {"BN304", "BN605"}
+
+    assert watch(anew=True, evaluated=True) == set()
+    assert watch(anew=False, evaluated=True) == {"BN605"}
+    assert watch(anew=True, evaluated=False) == {"BN304"}  # this was the evaluation
+
+
+# training that moves what fixed statistics describe
+
+
+def test_training_that_moves_deeper_inputs_makes_no_other_domain(characters):
+    model, data = bnf.freeze_bn(copy.deepcopy(characters[0]).train(), affine=False), characters[1]
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    with torch.no_grad():
+        for conv in convs[2:]:
+            conv.weight.mul_(3)  # as far as a long training may get
+    watch = watched(model, sgd(model, lr=1e-9), data[:3])
+    drifts = [each.drift for each in watch.trace.gap.layers.values()]
+    assert max(drifts) > 0.75 > 0.25 > drifts[0]
+    assert "BN203" not in codes(watch.findings)
+    dark = [(images * 0.2 - 0.7, labels) for images, labels in data[:3]]
+    assert "BN203" in codes(watched(model, sgd(model, lr=1e-9), dark).findings)
 
 
 # what could not be judged

@@ -516,6 +516,33 @@ def test_averaged_weights_with_foreign_statistics(name):
     assert "BN601" not in codes(bnf.check_bn(model, averaged=averaged))
 
 
+def test_an_average_of_frozen_statistics_keeps_them(name):
+    model = network(name)
+    stage_of(model, name).eval()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    assert "BN606" not in codes(bnf.check_bn(model, averaged=averaged))
+    torch.optim.swa_utils.update_bn(loader(), averaged)
+    found = the(bnf.check_bn(model, averaged=averaged), "BN606")
+    assert set(found.where) == stage_layers(model, name)
+    paste(found.fix, model=model, averaged=averaged)
+    assert "BN606" not in codes(bnf.check_bn(model, averaged=averaged))
+
+
+def test_averages_of_layers_under_a_policy_are_re_estimated_around_them(name):
+    model = network(name)
+    frozen = stage_layers(model, name)
+    bnf.freeze_bn(model, layers=f"{STAGE[name]}.*")
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    found = the(bnf.check_bn(model, averaged=averaged), "BN601")
+    assert not set(found.where) & frozen
+    paste(found.fix, averaged=averaged, loader=loader())
+    assert not codes(bnf.check_bn(model, averaged=averaged)) & {"BN601", "BN606"}
+
+
 def test_averaged_buffers_are_fine(name):
     model, averaged = averaged_pair(name, use_buffers=True)
     assert "BN601" not in codes(bnf.check_bn(model, averaged=averaged))

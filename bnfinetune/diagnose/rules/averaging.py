@@ -30,7 +30,8 @@ def foreign_average(case: Case) -> Iterator[Trouble]:
     **Cause.** EMA or SWA averages parameters and copies buffers, or leaves them at construction.
 
     **Found by.** With `averaged`: its parameters differ from the model's while running statistics are bit for bit the
-    model's, or untouched. Averaging buffers too, or re-estimating them, are both cures; which is better depends.
+    model's, or untouched. Layers whose statistics are frozen, or before which no parameter differs, are left alone.
+    Averaging buffers too, or re-estimating them, are both cures; which is better depends.
 
     ```python
     averaged = torch.optim.swa_utils.AveragedModel(model)           # the pitfall: use_buffers=False
@@ -42,20 +43,73 @@ def foreign_average(case: Case) -> Iterator[Trouble]:
     assert averaged is not None
     theirs = find_bn_layers(averaged)
     own, other = dict(case.bare.named_parameters()), dict(unwrap(averaged).named_parameters())
-    moved = any(name in other and not torch.equal(p.to(other[name].device), other[name]) for name, p in own.items())
+    moved = [n for n, p in own.items() if n in other and not torch.equal(p.to(other[n].device), other[n])]
     foreign = [
         name
         for name, layer in case.layers.items()
         if name in theirs
         and layer.running_mean is not None
+        and not case.is_fixed(name)
+        and _comes_after(case, name, moved)
         and (_same(layer, theirs[name]) or is_untouched(theirs[name]))
     ]
-    if moved and foreign:
+    if foreign:
         yield Trouble(
             tuple(foreign),
             f"the averaged parameters differ from the model's, {len(foreign)} layers' statistics do not",
-            "bnf.precise_bn(averaged, loader, include_frozen=True)",
+            f"bnf.precise_bn(averaged, loader, include_frozen=True{_only(case, foreign)})",
         )
+
+
+def _only(case: Case, names: list[str]) -> str:
+    """The argument that selects these layers, where the model keeps others frozen."""
+    return f", layers={case.globs(names)}" if any(map(case.is_fixed, case.every_layer)) else ""
+
+
+@rule(
+    "BN606",
+    "an average re-estimated the statistics that training kept frozen",
+    "warning",
+    why="All weights were trained around the fixed statistics; with others the averaged network is one nobody trained.",
+    needs=("averaged",),
+)
+def thawed_average(case: Case) -> Iterator[Trouble]:
+    """**Symptom.** After SWA with frozen BN the averaged model is worse than any of those it is the mean of.
+
+    **Cause.** `torch.optim.swa_utils.update_bn` resets every BN layer and puts it in training mode; it does not know
+    which the model keeps frozen.
+
+    **Found by.** With `averaged`: layers whose statistics are frozen in the model, and differ in the average.
+
+    ```python
+    for layer in bnf.find_bn_layers(model).values():
+        layer.eval()                                                # frozen in training
+    torch.optim.swa_utils.update_bn(loader, averaged)               # the pitfall
+
+    bnf.freeze_bn(model)                                            # repaired: said to the layers, before averaging,
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    bnf.precise_bn(averaged, loader)                                # which leaves frozen ones alone
+    ```
+
+    The fix takes the statistics back from the model.
+    """
+    averaged = case.context.averaged
+    assert averaged is not None
+    theirs = find_bn_layers(averaged)
+    thawed = [n for n in case.layers if n in theirs and case.is_fixed(n) and not _same(case.layers[n], theirs[n])]
+    if thawed:
+        yield Trouble(
+            tuple(thawed),
+            f"{len(thawed)} layers are frozen in the model, and have other statistics in the average",
+            f"for name in {thawed!r}: old, new = (bnf.find_bn_layers(each)[name] for each in (model, averaged)); "
+            "new.running_mean.copy_(old.running_mean); new.running_var.copy_(old.running_var)",
+        )
+
+
+def _comes_after(case: Case, layer: str, parameters: list[str]) -> bool:
+    """Whether the input of a layer may depend on one of these parameters: modules are mostly registered as they run."""
+    order = {name: index for index, (name, _) in enumerate(case.bare.named_modules())}
+    return any(order[parameter.rpartition(".")[0]] < order[layer] for parameter in parameters)
 
 
 def _same(first: Any, second: Any) -> bool:

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 
 from bnfinetune.diagnose.case import Case
-from bnfinetune.diagnose.drift_report import FOREIGN
+from bnfinetune.diagnose.drift_report import FITS, FOREIGN
 from bnfinetune.diagnose.facts import FEW_IMAGES
 from bnfinetune.diagnose.registry import Lacking, Trouble, rule
-from bnfinetune.diagnose.trace import Forward, Trace
+from bnfinetune.diagnose.trace import Forward, Gap, Trace
 
 MOST_DISTANCE = 0.3
 """Total variation distance above which evaluation and training are taken to predict different things."""
@@ -102,7 +102,9 @@ def foreign_statistics(case: Case) -> Iterator[Trouble | Lacking]:
 
     **Found by.** The last watched batches of 8 or more images, up to four: layers that trained with fixed statistics
     and whose inputs are off by more than 0.75 standard deviations in each (Wasserstein distance, root mean square over
-    channels weighed by weight squared), beyond what so few images vary by themselves.
+    channels weighed by weight squared), beyond what so few images vary by themselves. The first BN layer of the network
+    must be off as well, by more than 0.25: where only deeper ones are, it is training that has moved their inputs, as
+    weights before them learn, and the weights after them learn along.
 
     ```python
     bnf.freeze_bn(model)                                                       # the pitfall, on shifted images
@@ -117,7 +119,7 @@ def foreign_statistics(case: Case) -> Iterator[Trouble | Lacking]:
         yield Lacking(f"no training batch of {FEW_IMAGES} images" if case.trace.gaps else case.trace.no_gap)
     seen = {name: [gap.layers[name].drift for gap in gaps if name in gap.layers] for name in fixed}
     off = {name: min(drifts) for name, drifts in seen.items() if drifts and min(drifts) > FOREIGN}
-    if off:
+    if off and _from_the_start(gaps):
         worst = max(off, key=lambda name: off[name])
         yield Trouble(
             tuple(off),
@@ -125,6 +127,11 @@ def foreign_statistics(case: Case) -> Iterator[Trouble | Lacking]:
             "bnf.precise_bn(model, loader, num_batches=min(len(loader), 100), include_frozen=True)",
             "recalibrate.at=[start]",
         )
+
+
+def _from_the_start(gaps: list[Gap]) -> bool:
+    """Whether the images themselves are off, and not only what layers that learn have made of them."""
+    return all(next(iter(gap.layers.values())).drift > FITS for gap in gaps if gap.layers)
 
 
 @rule(
@@ -151,7 +158,8 @@ def collapsing_adaptation(case: Case) -> Iterator[Trouble | Lacking]:
     ```
     """
     assert isinstance(case.trace, Trace)
-    counts = [each.predicted for each in case.trace.forwards if each.predicted is not None]
+    seen = [(each.part, each.predicted) for each in case.trace.forwards if each.predicted is not None]
+    counts = [predicted for part, predicted in seen if part == seen[0][0]]
     if len(counts) < 6:
         if case.trace.adapts:
             yield Lacking("fewer than 6 forwards that predict classes")
@@ -200,11 +208,11 @@ def mixed_domains(case: Case) -> Iterator[Trouble | Lacking]:
     ```
     """
     assert isinstance(case.trace, Trace)
-    by_domain: defaultdict[str | None, list[list[Forward]]] = defaultdict(list)
+    by_domain: defaultdict[tuple[str, str | None], list[list[Forward]]] = defaultdict(list)
     for group in case.trace.updates():
         described = [each for each in group if each.updated and each.mean is not None]
-        for domain in {each.domain for each in described}:
-            by_domain[domain].append([each for each in described if each.domain == domain])
+        for domain in dict.fromkeys((each.part, each.domain) for each in described):
+            by_domain[domain].append([each for each in described if (each.part, each.domain) == domain])
     whole = [kept for steps in by_domain.values() if (kept := _whole_steps(steps))]
     judged = [steps for steps in whole if _is_enough(steps)]
     if len(judged) < len(whole):

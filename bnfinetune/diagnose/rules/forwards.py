@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
@@ -80,8 +81,11 @@ def repeated_batch(case: Case) -> Iterator[Trouble]:
 
 
 def _repeats(forwards: list[Forward]) -> int:
-    prints = [each.fingerprint for each in forwards if each.fingerprint is not None]
-    return sum(any(a.shape == b.shape and torch.equal(a, b) for b in prints[:index]) for index, a in enumerate(prints))
+    prints = [(each.part, each.fingerprint) for each in forwards if each.fingerprint is not None]
+    return sum(
+        any(part == other and a.shape == b.shape and torch.equal(a, b) for other, b in prints[:index])
+        for index, (part, a) in enumerate(prints)
+    )
 
 
 @rule(
@@ -131,7 +135,8 @@ def leaking_mode(case: Case) -> Iterator[Trouble | Lacking]:
     published results once: note what yours were measured with.)
 
     **Found by.** Layers that train and were also updated without gradients; training forwards in evaluation mode after
-    ones in training mode. Re-estimation with momentum None is left alone.
+    ones in training mode. Re-estimation with momentum None is left alone, and so are forwards after a schedule-free
+    `optimizer.eval()` that an evaluation in evaluation mode follows.
 
     ```python
     with torch.no_grad():
@@ -146,7 +151,8 @@ def leaking_mode(case: Case) -> Iterator[Trouble | Lacking]:
     assert isinstance(case.trace, Trace)
     calls = case.trace.layers
     trains = any(each.updating for each in calls.values())
-    leaking = {name: each.silent for name, each in calls.items() if each.silent and (each.normalised or not trains)}
+    silent = {name: each.silent + each.averaged for name, each in calls.items()}
+    leaking = {name: count for name, count in silent.items() if count and (calls[name].normalised or not trains)}
     if leaking:
         yield Trouble(
             tuple(leaking),
@@ -154,8 +160,7 @@ def leaking_mode(case: Case) -> Iterator[Trouble | Lacking]:
             "gradients",
             "model.eval()  # before validation",
         )
-    modes = [each.training for each in case.trace.forwards if each.grad and each.backwards]
-    stuck = len(modes) - modes.index(True) - sum(modes) if True in modes else 0
+    stuck = _stuck(case.trace)
     if stuck:
         yield Trouble(
             tuple(name for name, each in calls.items() if each.updating),
@@ -164,6 +169,15 @@ def leaking_mode(case: Case) -> Iterator[Trouble | Lacking]:
         )
     if not (leaking or stuck or case.trace.evaluated):
         yield Lacking("no evaluation batch")
+
+
+def _stuck(trace: Trace) -> int:
+    """Forwards that were learnt from in evaluation mode, after others of the same part in training mode."""
+    modes: defaultdict[str, list[bool]] = defaultdict(list)
+    for each in trace.forwards:
+        if each.grad and each.backwards:
+            modes[each.part].append(each.training)
+    return sum(len(seen) - seen.index(True) - sum(seen) for seen in modes.values() if True in seen)
 
 
 @rule(

@@ -37,7 +37,8 @@ def missed_type(case: Case) -> Iterator[Trouble]:
     **Cause.** Most freezers know `BatchNorm2d` only; timm's leaves the 48 `BatchNorm1d` of `levit_128s` live.
 
     **Found by.** All BN layers of one type are frozen, all of another type are live, and the live ones are not part of
-    the classifier.
+    the classifier. Where all that surrounds the frozen layers is frozen too, and all that surrounds the live ones
+    learns, a part was frozen and no type missed: a teacher beside its student.
 
     ```python
     model = timm.layers.freeze_batch_norm_2d(model)     # the pitfall, in a model with BatchNorm1d
@@ -53,7 +54,8 @@ def missed_type(case: Case) -> Iterator[Trouble]:
     for kind, names in kinds.items():
         body = [name for name in names if id(case.layers[name]) not in case.head]
         missed = [name for name in body if case.updates(name)]
-        if by_hand and missed and len(missed) == len(body):
+        apart = _surroundings(case, by_hand) == {False} and _surroundings(case, missed) == {True}
+        if by_hand and missed and len(missed) == len(body) and not apart:
             yield Trouble(
                 tuple(missed),
                 f"all {sum(map(len, frozen.values()))} layers of type {', '.join(frozen)} are frozen, "
@@ -61,6 +63,13 @@ def missed_type(case: Case) -> Iterator[Trouble]:
                 case.call("freeze_bn", missed),
                 _FREEZE,
             )
+
+
+def _surroundings(case: Case, names: list[str]) -> set[bool]:
+    """Whether the parameters beside these layers, in the modules that hold them, learn; some may and some not."""
+    parents = [case.bare.get_submodule(name.rpartition(".")[0]) for name in names]
+    affine = {id(parameter) for parameter in bn_parameters(case).values()}
+    return {p.requires_grad for parent in parents for p in parent.parameters() if id(p) not in affine}
 
 
 @rule(
