@@ -61,6 +61,7 @@ def test_candidates_leave_that_come_to_the_same_or_cannot_work():
     names, said = tried(SEEN, **{"train.batch_size": 2})
     assert names == ["precise_then_freeze", "lp_ft", "freeze_bn"]
     assert said == ["full is not tried: 2 images per statistic are fewer than 8, and fixed ones are there"]
+    assert "full" in tried(replace(SEEN, untouched=True), **{"train.batch_size": 2})[0]  # no fixed ones are there
     names, said = tried(replace(SEEN, untouched=True), **{"train.batch_size": 32})
     assert names == ["full", "precise_then_freeze"]
     assert said == [f"{name} is not tried: it would keep statistics of construction" for name in ("lp_ft", "freeze_bn")]

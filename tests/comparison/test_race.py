@@ -15,7 +15,7 @@ from bnfinetune.cli import main
 from bnfinetune.comparison import race as race_module
 from bnfinetune.comparison import runs as runs_module
 from bnfinetune.comparison.budget import Budget
-from bnfinetune.comparison.disagreement import class_shares, disputed
+from bnfinetune.comparison.disagreement import Disputed, class_shares, disputed, pictures
 from bnfinetune.comparison.race import compare, compare_runs
 from bnfinetune.errors import CheckpointError, RecipeError
 from bnfinetune.recipe_files import load_recipe
@@ -189,6 +189,11 @@ def test_classes_and_images_of_dispute_are_those_of_the_outcomes(images, tmp_pat
             right = [cell.runs[seed].outcomes["validation"].right[labels == number] for seed in (0, 1)]
             assert shares[name][place] == pytest.approx(np.concatenate(right).mean())
     split = load_splits(load_recipe(plain(images)["live"]).data, 0)
+    recipe, names = load_recipe(plain(images)["live"]), [cell.name for cell in found.cells]
+    image = Disputed(0, 0, int(split.val[0]["label"]), (1.0, 0.0))
+    (shown,) = pictures([image], names, recipe, one.runs[0].class_names)
+    assert shown.title == one.runs[0].class_names[image.label]
+    assert shown.lines == (f"right: {names[0]}", f"wrong: {names[1]}")
     for image in disputed(found.cells):
         assert {0.0, 1.0} == set(image.right)  # of two seeds, most are both
         assert split.val[image.row]["label"] == image.label
