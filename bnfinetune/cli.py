@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 from bnfinetune.cli_verbs import VERBS, Arguments, verb
-from bnfinetune.errors import BnFinetuneError, RecipeError, did_you_mean, error_line
+from bnfinetune.errors import BnFinetuneError, RecipeError, did_you_mean, error_line, say_on_stderr
 from bnfinetune.source_paths import check_checkpoint, check_path, check_source
 
 if TYPE_CHECKING:
@@ -311,7 +311,7 @@ def compare(arguments: Arguments) -> None:
     if budget is not None:
         Budget.of(budget)  # a mistake in it answers before torch is imported
     out, files = arguments.options.get("out", "runs/comparison"), arguments.options.get("cells")
-    say = print if form == "table" else _to_stderr
+    say = print if form == "table" else say_on_stderr
     if arguments.paths:
         from bnfinetune.comparison.race import compare_runs
 
@@ -388,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         if _rank() == 0:
-            print("bnfinetune: interrupted", file=sys.stderr)
+            say_on_stderr("bnfinetune: interrupted")
         return _INTERRUPTED
     except BrokenPipeError:
         # the reader has gone, as `| head` does; what is still buffered must not raise again at exit
@@ -401,10 +401,6 @@ def _answer_at_once(check: Callable[[str], None], path: str) -> None:
     """Checks a path before torch is imported; several processes tell each other of it once they have met."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         check(path)
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _whole(arguments: Arguments, option: str, *, default: int, least: int) -> int:
@@ -484,4 +480,4 @@ def _complain(error: BnFinetuneError) -> None:
         if os.environ.get("LOCAL_RANK") != "0":
             return
         rank = error.rank
-    print(error_line(str(error), rank if rank or _rank() else None), file=sys.stderr)
+    say_on_stderr(error_line(str(error), rank if rank or _rank() else None))

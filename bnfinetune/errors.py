@@ -3,6 +3,7 @@
 A message is one line that names the layer, key or file, what was found, and the remedy.
 """
 
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -64,6 +65,12 @@ def error_line(text: str, rank: int | None = None) -> str:
     line = " ".join(text.splitlines())
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
     return f"bnfinetune: error: {'' if rank is None else f'[rank {rank}] '}{shown}"
+
+
+def say_on_stderr(line: str) -> None:
+    """Write a line in one piece: `print` writes its end apart, so that lines of ranks on one terminal run together."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:

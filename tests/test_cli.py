@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import types
@@ -354,3 +355,12 @@ def test_the_console_script_is_the_same_program():
     script = Path(sys.executable).with_name("bnfinetune")
     done = subprocess.run([script, "recipes"], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == run_cli("recipes").stdout
+
+
+def test_a_line_on_stderr_is_one_write():
+    """So that lines of several ranks on one terminal never run together."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)  # keeps writes apart
+    with here, there:
+        script = "from bnfinetune.errors import say_on_stderr; say_on_stderr('x' * 300)"
+        subprocess.run([sys.executable, "-c", script], stderr=there, check=True)
+        assert here.recv(4096) == b"x" * 300 + b"\n"

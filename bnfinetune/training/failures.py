@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from bnfinetune.errors import BnFinetuneError, TrainingError, error_line
+from bnfinetune.errors import BnFinetuneError, TrainingError, error_line, say_on_stderr
 
 _LOST = re.compile(
     r"Connection (closed|reset) by peer|Connection refused|Broken pipe|"
@@ -93,7 +92,7 @@ class SharedFailures:
         rank, _, text = self._store.get(_FAILURE).decode().partition(" ")
         self._failure = int(rank), text
         if self._is_first():
-            print(error_line(text, int(rank)), file=sys.stderr, flush=True)
+            say_on_stderr(error_line(text, int(rank)))
         self._store.add(_HEARD, 1)
 
     def _tell(self, error: Exception) -> None:
