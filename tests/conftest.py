@@ -25,3 +25,12 @@ def free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
     return port
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory):
+    """A warm process that forks children; it takes seconds to start, so there is one."""
+    from tests.training.nursery import Nursery
+
+    with Nursery(tmp_path_factory.mktemp("nursery")) as nursery:
+        yield nursery

@@ -20,7 +20,7 @@ from bnfinetune.comparison.page import comparison_page
 from bnfinetune.comparison.race import compare
 from bnfinetune.comparison.result import Comparison, Finished, difference_of
 from bnfinetune.diagnose.drift_report import BATCH_SIZES
-from bnfinetune.diagnose.recommend import FEW_IMAGES, MEASURED, RUINED, Situation, recommend
+from bnfinetune.diagnose.recommend import FEW_IMAGES, MEASURED, Situation, recommend, tells_ruin
 from bnfinetune.errors import RecipeError
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import diff_recipes, dump_recipe, load_recipe
@@ -217,13 +217,12 @@ def _essence(recipe: Recipe, seen: Look) -> str:
 
 
 def _situation(recipe: Recipe, seen: Look) -> Situation:
-    ruined = seen.readout is not None and seen.readout.helps and seen.readout.gain > RUINED
     return Situation(
         batch_size=recipe.train.batch_size,
         training_images=seen.training_images,
         smallest_sound_batch=BATCH_SIZES[0],
         untrained=seen.untouched,
-        ruined=ruined,
+        ruined=seen.readout is not None and tells_ruin(seen.readout),
     )
 
 

@@ -22,6 +22,13 @@ def _percent(axis: Any, which: str) -> None:
     getattr(axis, f"{which}axis").set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
 
 
+def _rows(axis: Any, names: Sequence[str], label: str) -> None:
+    """A row for each name, from the bottom up."""
+    axis.set_yticks(range(len(names)), [short(name, 26) for name in names], fontsize=8)
+    axis.set(xlabel=label, ylim=(-0.6, len(names) - 0.4))
+    axis.tick_params(axis="y", length=0)
+
+
 def scores(values: Mapping[str, Sequence[float]], label: str, *, shares: bool) -> Markup:
     """One row per cell: a dot for each seed, a line at their mean."""
     names = list(values)[::-1]
@@ -31,9 +38,7 @@ def scores(values: Mapping[str, Sequence[float]], label: str, *, shares: bool) -
             axis.plot(seeds, [place] * len(seeds), "o", color=BLUE, alpha=0.6, markersize=5, markeredgewidth=0)
             middle = sum(seeds) / len(seeds)
             axis.plot([middle, middle], [place - 0.3, place + 0.3], color=ORANGE, linewidth=2)
-        axis.set_yticks(range(len(names)), [short(name, 26) for name in names], fontsize=8)
-        axis.set(xlabel=label, ylim=(-0.6, len(names) - 0.4))
-        axis.tick_params(axis="y", length=0)
+        _rows(axis, names, label)
         axis.margins(x=0.1)
         if shares:
             _percent(axis, "x")
@@ -50,9 +55,7 @@ def differences(found: Mapping[str, Difference]) -> Markup:
             axis.plot([100 * each.low, 100 * each.high], [place, place], color=colour, linewidth=2)
             axis.plot([100 * each.mean], [place], "o", color=colour, markersize=5)
         axis.axvline(0, color=INK, linewidth=0.8)
-        axis.set_yticks(range(len(names)), [short(name, 26) for name in names], fontsize=8)
-        axis.set(xlabel="points from the best, 95 % interval", ylim=(-0.6, len(names) - 0.4))
-        axis.tick_params(axis="y", length=0)
+        _rows(axis, names, "points from the best, 95 % interval")
     return Markup(out[0])
 
 

@@ -14,6 +14,7 @@ from bnfinetune.diagnose.readout import Readout
 from bnfinetune.errors import CheckpointError
 from bnfinetune.recipe import Recipe
 from bnfinetune.training.assembly import assemble
+from bnfinetune.training.data.from_recipe import recipe_splits
 from bnfinetune.training.launch import as_it_was, start_accelerator
 from bnfinetune.training.measuring.prior import read_out
 from bnfinetune.training.saving.atomic import write_json
@@ -63,11 +64,11 @@ def look(recipe: Recipe, folder: Path) -> Look:
     """
     with as_it_was():
         accelerator = start_accelerator(recipe.train.mixed_precision, trains=True)
-        setup = assemble(recipe, accelerator, lambda _: None)
-        fingerprint, loaders = setup.splits.fingerprint(), setup.trainer.loaders
         path = folder / LOOK
         if path.is_file():
-            return _read(path, fingerprint)
+            return _read(path, recipe_splits(recipe, accelerator).fingerprint())
+        setup = assemble(recipe, accelerator, lambda _: None)
+        loaders = setup.trainer.loaders
         try:
             layers = list(find_bn_layers(setup.trainer.model).values()) if setup.trainer.has_bn else []
             readout = None
@@ -77,7 +78,7 @@ def look(recipe: Recipe, folder: Path) -> Look:
         finally:
             loaders.close()
     found = Look(
-        fingerprint,
+        setup.splits.fingerprint(),
         len(layers),
         bool(layers) and all(map(is_untouched, layers)),
         None if recipe.data.streaming else len(setup.splits.train),
@@ -94,8 +95,4 @@ def _read(path: Path, fingerprint: str) -> Look:
     if saved["fingerprint"] != fingerprint:
         raise CheckpointError(f"{path.parent} holds a search over other images: remove it, or choose another run.dir")
     told = saved.pop("readout")
-    if told is None:
-        return Look(**saved, readout=None)
-    scores = {float(share): score for share, score in told["scores"].items()}
-    readout = Readout(**{key: told[key] for key in Readout._fields} | {"scores": scores})
-    return Look(**saved, readout=readout)
+    return Look(**saved, readout=None if told is None else Readout.from_dict(told))

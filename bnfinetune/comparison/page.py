@@ -9,13 +9,12 @@ from bnfinetune.comparison import figures
 from bnfinetune.comparison.disagreement import class_shares, disputed, pictures
 from bnfinetune.comparison.result import Compared, Comparison, outlook
 from bnfinetune.diagnose.page import Drawing, Grid, Page, Part
+from bnfinetune.diagnose.run_report import SHARES
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import diff_recipes, load_recipe
-from bnfinetune.training.loop.progress import LOWER_IS_BETTER
 from bnfinetune.training.saving.export import RECIPE
 
 _CLASSES = 12
-_NAMES = {"top1": "top-1", "top5": "top-5", "map": "mAP", "macro_f1": "macro F1", "micro_f1": "micro F1"}
 
 
 def comparison_page(found: Comparison, title: str, notes: Sequence[str] = ()) -> Page:
@@ -39,7 +38,7 @@ def comparison_page(found: Comparison, title: str, notes: Sequence[str] = ()) ->
     ]
     runs = [run for cell in cells for run in cell.runs.values()]
     numbers = {
-        f"{_NAMES.get(found.metric, found.metric)} of the best": _shown(mean(best.scores("validation", found.metric))),
+        f"{_named(found.metric)} of the best": _shown(mean(best.scores("validation", found.metric))),
         "runs": f"{len(runs)}",
         "of training": f"{sum(run.numbers['seconds'] for run in runs) / 60:,.1f} min",
     }
@@ -65,8 +64,8 @@ def _result(found: Comparison, cells: Sequence[Compared]) -> Part:
     header = (*(str(column.header) for column in found.table().columns), "updates", "peak memory")
     rows = tuple((cell.name, *found.row(cell), *_cost(cell)) for cell in found.cells)
     values = {cell.name: cell.scores("validation", found.metric) for cell in cells}
-    label = f"validation {_NAMES.get(found.metric, found.metric)}"
-    drawn = figures.scores(values, label, shares=found.metric not in LOWER_IS_BETTER)
+    label = f"validation {_named(found.metric)}"
+    drawn = figures.scores(values, label, shares=found.metric in SHARES)
     told = f"{label} of each cell: a dot per seed, a line at the mean; the axis does not begin at zero."
     failed = tuple(f"{cell.name} failed: {cell.error}" for cell in found.cells if cell.error)
     return Part(
@@ -92,7 +91,7 @@ def _sureness(found: Comparison, cells: Sequence[Compared]) -> Part:
     points = [
         f"{cell.name} left after {cell.left_after} seeds, surely behind the leader" for cell in cells if cell.left_after
     ]
-    points += [line for cell in cells if cell.name in found.differences and (line := outlook(cell, found.winner))]
+    points += [line for cell in cells if cell.name in found.differences and (line := outlook(found, cell))]
     told = "Paired by image and seed. An interval that holds 0 leaves open which of the two is better."
     known = found.differences
     drawn = (Drawing(figures.differences(known), "Share of validation images that are right, in points."),)
@@ -102,13 +101,13 @@ def _sureness(found: Comparison, cells: Sequence[Compared]) -> Part:
 def _keys(cells: Sequence[Compared], metric: str) -> list[Part]:
     """The metric against each key whose numbers differ between cells that are alike otherwise."""
     recipes = {cell.name: _recipe(cell) for cell in cells}
+    scores = {cell.name: mean(cell.scores("validation", metric)) for cell in cells}
     parts: list[Part] = []
     for key, values in _varied(recipes).items():
         groups: list[list[str]] = []
         for name, recipe in recipes.items():
             group = next((each for each in groups if _alike_but_for(key, recipes[each[0]], recipe)), None)
             groups.append([name]) if group is None else group.append(name)
-        scores = {cell.name: mean(cell.scores("validation", metric)) for cell in cells}
         lines = {
             _common(group, key): sorted((values[name], scores[name]) for name in group)
             for group in groups
@@ -118,8 +117,8 @@ def _keys(cells: Sequence[Compared], metric: str) -> list[Part]:
             continue
         log = min(values.values()) > 0 and max(values.values()) > 4 * min(values.values())
         kept = dict(list(lines.items())[: figures.MOST_LINES])
-        axes, shares = (key, f"validation {_NAMES.get(metric, metric)}"), metric not in LOWER_IS_BETTER
-        drawn = figures.lines(kept, f"key-{len(parts)}", axes, shares=shares, log=log)
+        axes = key, f"validation {_named(metric)}"
+        drawn = figures.lines(kept, f"key-{len(parts)}", axes, shares=metric in SHARES, log=log)
         parts.append(Part(f"By {key}", figures=(Drawing(drawn, f"Mean over seeds against {key}."),)))
     return parts
 
@@ -157,8 +156,8 @@ def _courses(cells: Sequence[Compared], metric: str) -> Part:
             for record in run.history:
                 values.setdefault(record["update"], []).append(record[metric])
         found[cell.name] = [(update, mean(each)) for update, each in sorted(values.items())]
-    axes, shares = ("optimizer updates", f"validation {_NAMES.get(metric, metric)}"), metric not in LOWER_IS_BETTER
-    drawn = figures.lines(found, "courses", axes, shares=shares, log=False)
+    axes = "optimizer updates", f"validation {_named(metric)}"
+    drawn = figures.lines(found, "courses", axes, shares=metric in SHARES, log=False)
     left_out = f" The first {figures.MOST_LINES} cells." if len(cells) > figures.MOST_LINES else ""
     told = f"Measured on the validation images from before the first update on, the mean over seeds.{left_out}"
     return Part("Over the runs", figures=(Drawing(drawn, told),))
@@ -194,6 +193,10 @@ def _made(found: Comparison) -> Part:
 
 def _recipe(cell: Compared) -> Recipe:
     return load_recipe(str(next(iter(cell.runs.values())).folder / RECIPE))
+
+
+def _named(metric: str) -> str:
+    return SHARES.get(metric, metric)
 
 
 def _shown(value: float) -> str:

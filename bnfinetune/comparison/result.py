@@ -196,31 +196,37 @@ def difference_of(first: Mapping[int, Finished], second: Mapping[int, Finished],
     Raises:
         CheckpointError: They were measured on other images.
     """
+    mine, theirs, alike = _paired_outcomes(first, second)
+    return paired_difference(mine, theirs, same_images=alike, level=level)
+
+
+def outlook(found: Comparison, cell: Compared) -> str | None:
+    """What more seeds would tell of a cell's difference to the best; None where that is known, or of one seed."""
+    now = found.differences[cell.name]
+    if now.is_behind or now.seeds < 2:
+        return None
+    mine, theirs, alike = _paired_outcomes(cell.runs, found.winner.runs)
+    more = 2 * now.seeds
+    reach, last = (expected_reach(mine, theirs, same_images=alike, seeds=seeds) for seeds in (more, _MANY))
+    told = f"{cell.name}: {100 * now.mean:+.1f} points; {more} seeds would know it to about {100 * reach:.1f}"
+    if abs(now.mean) < last:
+        return f"{told}, and no number of seeds tells it from 0: these images are too few, or they are alike"
+    return told
+
+
+def _paired_outcomes(
+    first: Mapping[int, Finished], second: Mapping[int, Finished]
+) -> tuple[list[Outcome], list[Outcome], bool]:
+    """Right or not, under the seeds that both cells have, and whether all seeds were measured on the same images.
+
+    Raises:
+        CheckpointError: The cells were measured on different images.
+    """
     seeds = sorted(first.keys() & second.keys())
     pairs = [(first[seed].outcomes["validation"], second[seed].outcomes["validation"]) for seed in seeds]
     if any(not np.array_equal(one.row, other.row) for one, other in pairs):
         raise CheckpointError("runs that are compared must be validated on the same images under the same seed")
-    alike = _same_rows([one for one, _ in pairs])
-    return paired_difference(
-        [one.right for one, _ in pairs], [two.right for _, two in pairs], same_images=alike, level=level
-    )
-
-
-def outlook(cell: Compared, best: Compared) -> str | None:
-    """What more seeds would tell of a cell's difference to the best; None where that is known, or of one seed."""
-    seeds = sorted(cell.runs.keys() & best.runs.keys())
-    mine, theirs = ([each.runs[seed].outcomes["validation"] for seed in seeds] for each in (cell, best))
-    found = difference_of(cell.runs, best.runs)
-    if found.is_behind or len(seeds) < 2:
-        return None
-    first, second = ([each.right for each in outcomes] for outcomes in (mine, theirs))
-    alike, more = _same_rows(mine), 2 * len(seeds)
-    reach = expected_reach(first, second, same_images=alike, seeds=more)
-    last = expected_reach(first, second, same_images=alike, seeds=_MANY)
-    told = f"{cell.name}: {100 * found.mean:+.1f} points; {more} seeds would know it to about {100 * reach:.1f}"
-    if abs(found.mean) < last:
-        return f"{told}, and no number of seeds tells it from 0: these images are too few, or they are alike"
-    return told
+    return [one.right for one, _ in pairs], [two.right for _, two in pairs], _same_rows([one for one, _ in pairs])
 
 
 def outcomes_of(cell: Compared) -> list[Outcome]:

@@ -202,17 +202,20 @@ class _Lab:
             return report
         baseline = _cost(report.running)
         ranked = [layer.name for layer in report.ranked()]
-        stages = _stages(list(report.layers))
-        tries: dict[Any, list[str]] = {**stages, **{(name,): [name] for name in ranked[:causes]}}
-        order = sorted(tries, key=lambda key: (isinstance(key, tuple), min(map(ranked.index, tries[key]))))
-        self.bar.total = self.bar.n + len(tries)
-        recovered = {key: baseline - self._cost_of(tries[key]) for key in order if time.monotonic() < end}
-        layers = {name: replace(layer, loss_recovered=recovered.get((name,))) for name, layer in report.layers.items()}
+        stages, worst = _stages(list(report.layers)), ranked[:causes]
+        self.bar.total = self.bar.n + len(stages) + len(worst)
+
+        def recovered(tries: Mapping[str, Sequence[str]]) -> dict[str, float]:
+            order = sorted(tries, key=lambda key: min(map(ranked.index, tries[key])))
+            return {key: baseline - self._cost_of(tries[key]) for key in order if time.monotonic() < end}
+
+        by_stage, by_layer = recovered(stages), recovered({name: [name] for name in worst})
+        layers = {name: replace(layer, loss_recovered=by_layer.get(name)) for name, layer in report.layers.items()}
         return replace(
             report,
             layers=layers,
-            stages={prefix: recovered[prefix] for prefix in stages if prefix in recovered},
-            left_out=len(tries) - len(recovered),
+            stages={prefix: by_stage[prefix] for prefix in stages if prefix in by_stage},
+            left_out=len(stages) + len(worst) - len(by_stage) - len(by_layer),
         )
 
     def _cost_of(self, names: Sequence[str]) -> float:

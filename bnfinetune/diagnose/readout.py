@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
@@ -41,6 +42,12 @@ class Readout(NamedTuple):
         """Everything as plain numbers; weights as strings."""
         scores = {f"{share:g}": score for share, score in self.scores.items()}
         return self._asdict() | {"scores": scores, "helps": self.helps}
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> Readout:
+        """What `to_dict` has given."""
+        scores = {float(share): score for share, score in told["scores"].items()}
+        return cls(**{key: told[key] for key in cls._fields} | {"scores": scores})
 
 
 def _named(share: float) -> str:

@@ -71,7 +71,7 @@ class Situation:
             smallest_sound_batch=report.smallest_sound_batch,
             sorted_batches=report.clustered,
             untrained=any(layer.damaged for layer in report.layers.values()) or report.untouched,
-            ruined=_ruined(report) if readout is None else readout.helps and readout.gain > RUINED,
+            ruined=_ruined(report) if readout is None else tells_ruin(readout),
             labelled=readout is not None or report.running.loss is not None,
         )
 
@@ -116,6 +116,11 @@ class Recommendation:
         surer = [] if self.comparison is None else ["or measure what is best on these images:", self.comparison]
         reasons = (f"- {reason}" for reason in self.reasons)
         return "\n".join([f"recommended: recipe={self.recipe}", *reasons, self.command, *surer])
+
+
+def tells_ruin(readout: Readout) -> bool:
+    """Whether statistics of the images put so much right that the stored ones cannot belong to the weights."""
+    return readout.helps and readout.gain > RUINED
 
 
 def _ruined(report: DriftReport) -> bool:

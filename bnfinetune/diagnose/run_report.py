@@ -13,7 +13,8 @@ from bnfinetune.diagnose.page import Drawing, Grid, Page, Part, Picture
 from bnfinetune.diagnose.report import checks, drift_parts
 
 _PAIRS = 10
-_SHARES = {"top1": "top-1", "top5": "top-5", "map": "mAP", "macro_f1": "macro F1", "micro_f1": "micro F1"}
+SHARES = {"top1": "top-1", "top5": "top-5", "map": "mAP", "macro_f1": "macro F1", "micro_f1": "micro F1"}
+"""Metrics that are shares, with the names that people give them."""
 _NUMBERS = {"ece": "calibration error", "loss": "loss"}
 
 
@@ -95,7 +96,7 @@ def run_page(story: RunStory) -> Page:
 
 def _numbers(story: RunStory) -> dict[str, str]:
     last = story.after[story.split]
-    numbers = {_SHARES[story.main]: f"{last[story.main]:.1%}"}
+    numbers = {SHARES[story.main]: f"{last[story.main]:.1%}"}
     images = int(last.get("images", 0))
     if images and "top1" in last:
         from scipy.stats import binomtest  # takes a tenth of the time of all that a run imports at its start
@@ -112,7 +113,7 @@ def _result(story: RunStory) -> Part:
     if story.split == "validation":
         texts.append("The validation images have also chosen the best network, so these numbers flatter it a little.")
     first = story.after[story.split]
-    keys = {key: name for key, name in (_SHARES | _NUMBERS).items() if key in first}
+    keys = {key: name for key, name in (SHARES | _NUMBERS).items() if key in first}
     rows = tuple(
         (f"{split}, {when}", *(_shown(key, values[key]) for key in keys))
         for split in story.after
@@ -122,7 +123,7 @@ def _result(story: RunStory) -> Part:
 
 
 def _shown(key: str, value: float) -> str:
-    return f"{value:.1%}" if key in _SHARES else f"{value:.3f}"
+    return f"{value:.1%}" if key in SHARES else f"{value:.3f}"
 
 
 def _history(story: RunStory) -> list[Part]:
@@ -130,7 +131,7 @@ def _history(story: RunStory) -> list[Part]:
         return []
     history, best = story.history, story.best_update
     loss = figures.curves(history, {"train_loss": "training", "loss": "validation"}, "loss", "losses", best=best)
-    lines = {key: _SHARES[key] for key in (story.main, "macro_f1")}
+    lines = {key: SHARES[key] for key in (story.main, "macro_f1")}
     shares = figures.curves(history, lines, "validation", "accuracies", percent=True, best=best)
     at = "" if best is None else f" The best network is that of update {best}."
     return [
@@ -150,7 +151,7 @@ def _history(story: RunStory) -> list[Part]:
 def _records(history: Sequence[Mapping[str, Any]]) -> Grid:
     """The curves in numbers."""
     columns = {"train_loss": "training loss", "loss": "validation loss"}
-    columns |= {key: _SHARES[key] for key in ("top1", "map", "macro_f1")}
+    columns |= {key: SHARES[key] for key in ("top1", "map", "macro_f1")}
     columns |= {"bn_drift": "BN drift", "bn_moved": "BN moved"}
     known = {key: name for key, name in columns.items() if any(record.get(key) is not None for record in history)}
     rows = tuple(

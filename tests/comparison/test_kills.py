@@ -16,8 +16,7 @@ import pytest
 from bnfinetune.comparison import runs
 from bnfinetune.comparison.race import compare
 from bnfinetune.errors import RecipeError
-from tests.comparison.test_race import Direct, cells, plain
-from tests.training.nursery import Nursery
+from tests.comparison.test_race import Direct, plain
 from tests.training.support import write_images
 
 pytestmark = pytest.mark.slow
@@ -30,12 +29,6 @@ MEASURED = ("name", "seeds", "validation", "behind_winner", "updates", "left_aft
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("kills") / "images", train=8, val=6)
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    with Nursery(tmp_path_factory.mktemp("nursery")) as nursery:
-        yield nursery
 
 
 def table(out):
@@ -111,12 +104,10 @@ def test_a_dask_cluster_whose_worker_is_killed_gives_the_same_table(images, tmp_
     distributed = pytest.importorskip("distributed")
     from bnfinetune.cli import main
 
-    planned = cells(images, **{"train.epochs": 2})
     file = tmp_path / "cells.yaml"
     words = {"frozen": "freeze_bn", "live": "full"}
     shared = {key: value for key, value in plain(images, **{"train.epochs": 2})["live"].items() if key != "base"}
     file.write_text(json.dumps({name: {"recipe": recipe, **shared} for name, recipe in words.items()}))
-    assert planned.keys() == words.keys()
     command = ["compare", f"cells={file}", "seeds=2", "race=off"]
     assert main([*command, f"out={tmp_path / 'here'}", "jobs=2"]) == 0
     with distributed.LocalCluster(2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:

@@ -10,6 +10,14 @@ from bnfinetune.comparison.paired import expected_reach, paired_difference, stil
 from tests.comparison.simulation import simulated
 
 
+def reaches(first, second, seeds):
+    """Student's, of so many seeds that scatter as these, and of these images."""
+    apart = np.array(first) - np.array(second)
+    images = apart.shape[1]
+    by_seed = t.ppf(0.975, seeds - 1) * apart.mean(1).std(ddof=1) / seeds**0.5
+    return by_seed, t.ppf(0.975, images - 1) * apart.mean(0).std(ddof=1) / images**0.5
+
+
 def test_one_seed_is_the_paired_t_test_over_images():
     rng = np.random.default_rng(0)
     first, second = simulated(rng, seeds=1, images=50)
@@ -30,9 +38,7 @@ def test_images_of_their_own_leave_the_t_test_over_seeds():
 def test_both_reaches_add_up_as_squares():
     rng = np.random.default_rng(0)
     first, second = simulated(rng, seeds=3, images=40)
-    apart = np.array(first) - np.array(second)
-    by_seed = t.ppf(0.975, 2) * apart.mean(1).std(ddof=1) / 3**0.5
-    by_image = t.ppf(0.975, 39) * apart.mean(0).std(ddof=1) / 40**0.5
+    by_seed, by_image = reaches(first, second, seeds=3)
     found = paired_difference(first, second, same_images=True)
     assert found.high - found.mean == pytest.approx(np.hypot(by_seed, by_image))
     back = paired_difference(second, first, same_images=True)
@@ -68,9 +74,7 @@ def test_the_best_cell_hardly_ever_leaves():
 def test_the_reach_of_more_seeds_is_that_of_seeds_that_scatter_as_these():
     rng = np.random.default_rng(1)
     first, second = simulated(rng, seeds=4, images=50)
-    apart = np.array(first) - np.array(second)
-    by_seed = t.ppf(0.975, 8) * apart.mean(1).std(ddof=1) / 9**0.5
-    by_image = t.ppf(0.975, 49) * apart.mean(0).std(ddof=1) / 50**0.5
+    by_seed, by_image = reaches(first, second, seeds=9)
     expected = partial(expected_reach, first, second)
     assert expected(same_images=False, seeds=9) == pytest.approx(by_seed)
     assert expected(same_images=True, seeds=9) == pytest.approx(np.hypot(by_seed, by_image))

@@ -44,13 +44,15 @@ def foreign_average(case: Case) -> Iterator[Trouble]:
     theirs = find_bn_layers(averaged)
     own, other = dict(case.bare.named_parameters()), dict(unwrap(averaged).named_parameters())
     moved = [n for n, p in own.items() if n in other and not torch.equal(p.to(other[n].device), other[n])]
+    order = {name: index for index, (name, _) in enumerate(case.bare.named_modules())}  # mostly as they run
+    first = min((order[parameter.rpartition(".")[0]] for parameter in moved), default=len(order))
     foreign = [
         name
         for name, layer in case.layers.items()
         if name in theirs
         and layer.running_mean is not None
         and not case.is_fixed(name)
-        and _comes_after(case, name, moved)
+        and first < order[name]  # its input may depend on what has moved
         and (_same(layer, theirs[name]) or is_untouched(theirs[name]))
     ]
     if foreign:
@@ -104,12 +106,6 @@ def thawed_average(case: Case) -> Iterator[Trouble]:
             f"for name in {thawed!r}: old, new = (bnf.find_bn_layers(each)[name] for each in (model, averaged)); "
             "new.running_mean.copy_(old.running_mean); new.running_var.copy_(old.running_var)",
         )
-
-
-def _comes_after(case: Case, layer: str, parameters: list[str]) -> bool:
-    """Whether the input of a layer may depend on one of these parameters: modules are mostly registered as they run."""
-    order = {name: index for index, (name, _) in enumerate(case.bare.named_modules())}
-    return any(order[parameter.rpartition(".")[0]] < order[layer] for parameter in parameters)
 
 
 def _same(first: Any, second: Any) -> bool:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bnfinetune.diagnose.finding import Findings
+from bnfinetune.diagnose.run_report import SHARES
 from bnfinetune.training.assembly import Assembly
 from bnfinetune.training.ending import Best
 from bnfinetune.training.measuring.metrics import Metrics
@@ -25,8 +26,7 @@ from bnfinetune.training.reporting.report_page import write_page
 from bnfinetune.training.saving.atomic import in_words, write_json
 from bnfinetune.training.saving.run_folder import SUMMARY, UNREADABLE, RunFolder
 
-_SHARES = {"top1": "top-1", "top5": "top-5", "map": "mAP", "macro_f1": "macro F1", "micro_f1": "micro F1"}
-_SHOWN = _SHARES | {"ece": "ECE", "loss": "loss"}
+_SHOWN = SHARES | {"ece": "ECE", "loss": "loss"}
 _PACKAGES = ("bnfinetune", "torch", "torchvision", "timm", "accelerate", "datasets", "numpy", "safetensors")
 
 
@@ -114,6 +114,6 @@ def metrics_table(rows: Mapping[str, Metrics]) -> Table:
         table.add_column(column, justify="right")
     for name, metrics in rows.items():
         values = metrics.scalars()
-        cells = [f"{values[key]:.1%}" if key in _SHARES else f"{values[key]:.3f}" for key in shown]
+        cells = [f"{values[key]:.1%}" if key in SHARES else f"{values[key]:.3f}" for key in shown]
         table.add_row(Text(name), str(metrics.images), *cells)
     return table

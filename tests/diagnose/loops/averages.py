@@ -13,7 +13,7 @@ import bnfinetune as bnf
 from bnfinetune.diagnose.finding import Findings
 from tests.diagnose.loops.classifiers import evaluate, train_epoch
 from tests.diagnose.loops.data import fresh, loaders, pretrained
-from tests.diagnose.loops.registry import loop, said
+from tests.diagnose.loops.registry import judged, loop, said
 
 
 @loop(
@@ -61,8 +61,7 @@ def swa(seed: int, planted: bool) -> Findings:
         update_bn(train, average)
     average.eval()
     evaluate(average, test)
-    model.train()
-    return said(watch.findings, bnf.check_bn(model, optimizer, train, averaged=average))
+    return judged(watch, model, optimizer, train, averaged=average)
 
 
 @loop(

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import bnfinetune as bnf
 from bnfinetune.diagnose.finding import Findings
 from tests.diagnose.loops.data import CLASSES, fresh, loaders, pretrained
-from tests.diagnose.loops.registry import DECAYED, loop, said
+from tests.diagnose.loops.registry import DECAYED, judged, loop, said
 
 
 def train_epoch(model, optimizer, loader, criterion=F.cross_entropy):
@@ -53,8 +53,7 @@ def torchvision_reference(seed: int, planted: bool) -> Findings:
             if not planted:
                 model.eval()
             evaluate(model, test)
-    model.train()
-    return said(watch.findings, bnf.check_bn(model, optimizer, train, steps=48))
+    return judged(watch, model, optimizer, train, steps=48)
 
 
 @loop(
@@ -83,8 +82,7 @@ def timm_train(seed: int, planted: bool) -> Findings:
             evaluate(model, test)
             evaluate(average, test)
             schedule.step(epoch + 1)
-    model.train()
-    return said(watch.findings, bnf.check_bn(model, optimizer, train, averaged=average.module))
+    return judged(watch, model, optimizer, train, averaged=average.module)
 
 
 @loop(
@@ -101,8 +99,7 @@ def tutorial(seed: int, planted: bool) -> Findings:
             train_epoch(model, optimizer, train)
         model.eval()
         evaluate(model, test)
-    model.train()
-    return said(watch.findings, bnf.check_bn(model, optimizer, train, steps=48))
+    return judged(watch, model, optimizer, train, steps=48)
 
 
 @loop(
@@ -130,8 +127,7 @@ def transfer(seed: int, planted: bool) -> Findings:
             schedule.step()
             if (score := evaluate(model, test)) >= best:
                 best, saved = score, dict(model.named_parameters()) if planted else model.state_dict()
-    model.train()
-    return said(watch.findings, bnf.check_bn(model, optimizer, train, saved=saved))
+    return judged(watch, model, optimizer, train, saved=saved)
 
 
 @loop(
@@ -219,8 +215,7 @@ def gradual(seed: int, planted: bool) -> Findings:
             train_epoch(model, optimizer, train)
             model.eval()
             evaluate(model, test)
-    model.train()
-    return said(watch.findings, bnf.check_bn(model, optimizer, train))
+    return judged(watch, model, optimizer, train)
 
 
 @loop(
@@ -283,8 +278,16 @@ def mixed_precision(seed: int, planted: bool) -> Findings:
         model.eval()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             model(next(iter(test))[0].to(train.dataset.tensors[0].dtype))
-    model.train()
-    return said(watch.findings, bnf.check_bn(model, optimizer, train))
+    return judged(watch, model, optimizer, train)
+
+
+def convert(model: nn.Module) -> None:
+    """Put torchvision's frozen class in the place of every BN layer."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.BatchNorm2d):
+            frozen = torchvision.ops.FrozenBatchNorm2d(layer.num_features, eps=layer.eps)
+            frozen.load_state_dict(layer.state_dict())
+            model.set_submodule(name, frozen)
 
 
 @loop(
@@ -296,16 +299,11 @@ def mixed_precision(seed: int, planted: bool) -> Findings:
 )
 def converted(seed: int, planted: bool) -> Findings:
     model, (train, test) = (fresh if planted else pretrained)("net", seed), loaders(seed)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.BatchNorm2d):
-            frozen = torchvision.ops.FrozenBatchNorm2d(layer.num_features, eps=layer.eps)
-            frozen.load_state_dict(layer.state_dict())
-            model.set_submodule(name, frozen)
+    convert(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     with bnf.watch_bn(model, optimizer) as watch:
         model.train()
         train_epoch(model, optimizer, train)
         model.eval()
         evaluate(model, test)
-    model.train()
-    return said(watch.findings, bnf.check_bn(model, optimizer, train))
+    return judged(watch, model, optimizer, train)

@@ -12,8 +12,9 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import bnfinetune as bnf
 from bnfinetune.diagnose.finding import Findings
+from tests.diagnose.loops.classifiers import convert
 from tests.diagnose.loops.data import CLASSES, SIZE, pictures, pretrained
-from tests.diagnose.loops.registry import loop, said
+from tests.diagnose.loops.registry import judged, loop
 
 
 def _as_boxes(seed: int, count: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
@@ -53,11 +54,7 @@ def _detector(seed: int) -> nn.Module:
 def detection(seed: int, planted: bool) -> Findings:
     model = _detector(seed)
     if not planted:
-        for name, layer in list(model.backbone.named_modules()):
-            if isinstance(layer, nn.BatchNorm2d):
-                frozen = torchvision.ops.FrozenBatchNorm2d(layer.num_features)
-                frozen.load_state_dict(layer.state_dict())
-                model.backbone.set_submodule(name, frozen)
+        convert(model.backbone)
     order = torch.Generator().manual_seed(seed)
     items = _as_boxes(seed, 16)
     train = DataLoader(
@@ -74,8 +71,7 @@ def detection(seed: int, planted: bool) -> Findings:
         model.eval()
         with torch.no_grad():
             model([image for image, _ in items[:2]])
-    model.train()
-    return said(watch.findings, bnf.check_bn(model, optimizer, train))
+    return judged(watch, model, optimizer, train)
 
 
 class Segmenter(nn.Module):
@@ -131,5 +127,4 @@ def segmentation(seed: int, planted: bool) -> Findings:
             model.eval()
             with torch.inference_mode():
                 model(_as_maps(seed + 1, 8).tensors[0])
-    model.train()
-    return said(watch.findings, bnf.check_bn(model, optimizer, train))
+    return judged(watch, model, optimizer, train)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import bnfinetune as bnf
 from bnfinetune.diagnose.finding import Findings
 from tests.diagnose.loops.data import CLASSES, loaders, pictures, pretrained
-from tests.diagnose.loops.registry import loop, said
+from tests.diagnose.loops.registry import judged, loop
 
 
 def _as_items(seed: int, count: int) -> list[dict[str, Any]]:
@@ -67,8 +67,7 @@ def trainer(seed: int, planted: bool) -> Findings:
         optimizer = training.create_optimizer()
         with bnf.watch_bn(model, optimizer) as watch, _quiet():
             training.train()
-    model.train()
-    return said(watch.findings, bnf.check_bn(model, optimizer, training.get_train_dataloader()))
+    return judged(watch, model, optimizer, training.get_train_dataloader())
 
 
 def _quiet() -> Any:
@@ -97,9 +96,7 @@ def lightning(seed: int, planted: bool) -> Findings:
             images, labels = batch
             return F.cross_entropy(self.model(images), labels)
 
-        def validation_step(self, batch, index):
-            images, labels = batch
-            return F.cross_entropy(self.model(images), labels)
+        validation_step = training_step
 
         def on_validation_model_eval(self):
             if not planted:
@@ -111,8 +108,7 @@ def lightning(seed: int, planted: bool) -> Findings:
     model, (train, test) = Classifier(), loaders(seed)
     with _quiet(), bnf.watch_bn(model) as watch:
         fit(pl, max_epochs=3).fit(model, train, test)
-    model.train()
-    return said(watch.findings, bnf.check_bn(model, model.configure_optimizers(), train))
+    return judged(watch, model, model.configure_optimizers(), train)
 
 
 def fit(pl: Any, **options: Any) -> Any:
@@ -163,8 +159,7 @@ def lightning_finetuning(seed: int, planted: bool) -> Findings:
     training = fit(pl, max_epochs=3, callbacks=[HeadFirst()])
     with _quiet(), bnf.watch_bn(model) as watch:
         training.fit(model, train, test)
-    model.train()
-    return said(watch.findings, bnf.check_bn(model, training.optimizers[0], train))
+    return judged(watch, model, training.optimizers[0], train)
 
 
 @loop(
@@ -198,5 +193,4 @@ def cv_example(seed: int, planted: bool) -> Findings:
                 with torch.no_grad():
                     answers = model(images).argmax(-1)
                 accelerator.gather_for_metrics((answers, labels))
-    model.train()
-    return said(watch.findings, bnf.check_bn(model, optimizer, train))
+    return judged(watch, model, optimizer, train)

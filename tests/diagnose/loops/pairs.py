@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import bnfinetune as bnf
 from bnfinetune.diagnose.finding import Findings
 from tests.diagnose.loops.data import fresh, loaders
-from tests.diagnose.loops.registry import DECAYED, loop, said
+from tests.diagnose.loops.registry import DECAYED, judged, loop, said
 
 KEYS = ["BN102", "BN303"]
 """What key encoders and target networks do on purpose."""
@@ -81,8 +81,7 @@ def moco(seed: int, planted: bool) -> Findings:
             model.train(planted)
             with torch.no_grad():
                 model.encoder_q(next(iter(test))[0])
-    model.train()
-    return said(watch.findings, bnf.check_bn(model, optimizer, train))
+    return judged(watch, model, optimizer, train)
 
 
 class BYOL(nn.Module):

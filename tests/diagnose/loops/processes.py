@@ -18,7 +18,7 @@ from bnfinetune.diagnose.finding import Findings
 from tests.bn.distributed import run_ranks
 from tests.diagnose.loops.classifiers import evaluate, train_epoch
 from tests.diagnose.loops.data import pictures, pretrained
-from tests.diagnose.loops.registry import loop, said
+from tests.diagnose.loops.registry import judged, loop, said
 
 BLOCK = 5
 """Seeds that share one start of the processes."""
@@ -62,5 +62,4 @@ def _train(seed: int, network: nn.Module, planted: bool) -> Findings:
             train_epoch(model, optimizer, train)
             model.eval()
             evaluate(model.module if planted else model, test)
-    model.train()
-    return said(watch.findings, bnf.check_bn(model, optimizer, train, process_group=world))
+    return judged(watch, model, optimizer, train, process_group=world)

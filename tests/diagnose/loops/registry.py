@@ -6,7 +6,11 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
+from torch import nn
+
+import bnfinetune as bnf
 from bnfinetune.diagnose.finding import Findings
 
 _MODULES = ("classifiers", "frameworks", "dense", "pairs", "steps", "averages", "processes")
@@ -76,3 +80,9 @@ def said(*parts: Findings) -> Findings:
     """What the doctor said of the set-up and of the steps, together."""
     unjudged = {code: lacking for part in parts for code, lacking in part.unjudged.items()}
     return Findings(dict.fromkeys(found for part in parts for found in part), unjudged)
+
+
+def judged(watch: bnf.watch_bn, model: nn.Module, *set_up: Any, **more: Any) -> Findings:
+    """What the doctor said of the steps, and says of the set-up as it goes on to train; arguments as of `check_bn`."""
+    model.train()
+    return said(watch.findings, bnf.check_bn(model, *set_up, **more))

@@ -10,7 +10,7 @@ import bnfinetune as bnf
 from bnfinetune.diagnose.finding import Findings
 from tests.diagnose.loops.classifiers import evaluate
 from tests.diagnose.loops.data import fresh, loaders, pretrained
-from tests.diagnose.loops.registry import loop, said
+from tests.diagnose.loops.registry import judged, loop
 
 
 class SAM(torch.optim.SGD):
@@ -65,8 +65,7 @@ def sharpness(seed: int, planted: bool) -> Findings:
             model.eval()
             evaluate(model, test)
     set_statistics(model, True)
-    model.train()
-    return said(watch.findings, bnf.check_bn(model, optimizer, train))
+    return judged(watch, model, optimizer, train)
 
 
 @loop(
@@ -90,8 +89,7 @@ def accumulation(seed: int, planted: bool) -> Findings:
                     optimizer.zero_grad()
             model.eval()
             evaluate(model, test)
-    model.train()
-    return said(watch.findings, bnf.check_bn(model, optimizer, train, grad_accum=4))
+    return judged(watch, model, optimizer, train, grad_accum=4)
 
 
 @loop(
@@ -121,5 +119,4 @@ def consistency(seed: int, planted: bool) -> Findings:
             optimizer.step()
         model.eval()
         evaluate(model, test)
-    model.train()
-    return said(watch.findings, bnf.check_bn(model, optimizer, train))
+    return judged(watch, model, optimizer, train)
