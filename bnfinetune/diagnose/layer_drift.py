@@ -57,6 +57,17 @@ class LayerDrift:
         squared = float(self.importance @ self.distance.square())
         return math.sqrt(max(squared - self.noise(self.images) ** 2, 0.0))
 
+    @property
+    def is_sure(self) -> bool:
+        """Whether it is more than images drawn from the stored population give in 1 of 100 samples.
+
+        The squared distance over its expectation is a weighted sum of squares of normal variables; whatever the
+        weights, it exceeds 9 no more often than the square of one such variable does, in 0.3 % (Szekely and Bakirov
+        2003, "Extremal probabilities for Gaussian quadratic forms"). The rest of the 1 % is for the expectation, which
+        is estimated from the same images.
+        """
+        return float(self.importance @ self.distance.square()) > 9 * self.noise(self.images) ** 2
+
     def noise(self, batch: int) -> float:
         """Expected distance of the statistics of a batch of so many images from those of all, in units of s.
 

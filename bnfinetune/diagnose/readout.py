@@ -16,6 +16,8 @@ class Readout(NamedTuple):
         best: the weight whose error is the least.
         gain: its score above that of the stored statistics.
         doubt: standard error of the gain, paired over images.
+        sureness: by how many standard errors, paired over images, its squared error is less. An image counts by a
+            number there, not as right or wrong, so that fewer images tell.
     """
 
     images: int
@@ -23,11 +25,12 @@ class Readout(NamedTuple):
     best: float
     gain: float
     doubt: float
+    sureness: float
 
     @property
     def helps(self) -> bool:
-        """Whether the images' own statistics are better by more than chance: two standard errors."""
-        return self.gain > 2 * self.doubt
+        """Whether the images' own statistics are better by more than chance: two standard errors of the error."""
+        return self.gain > 0 and self.sureness > 2
 
     @property
     def verdict(self) -> str:
@@ -35,7 +38,8 @@ class Readout(NamedTuple):
         numbers = ", ".join(f"{score:.1%} {_named(share)}" for share, score in self.scores.items())
         found = f"a linear readout of the features has {numbers} ({self.images} images, each predicted by the others)."
         if not self.helps:
-            return f"Statistics of these images would not help: {found}"
+            whether = "may or may not help" if self.gain > 0 else "would not help"
+            return f"Statistics of these images {whether}: {found}"
         return f"Statistics of these images help, best {_named(self.best)}: {found}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from itertools import groupby
 
 from torch import Tensor
 
+from bnfinetune.diagnose.first_loss import FirstLoss
 from bnfinetune.diagnose.layer_drift import LayerDrift
 
 MOST_FORWARDS = 4096
@@ -122,6 +123,9 @@ class Trace:
         gaps: the last training batches under both normalisations, the newest first, if they could be run again.
         held_out: the same for the last batch that was evaluated, if it was large enough.
         no_gap: why `gaps` is empty.
+        from_start: whether the optimizer had not made a step yet when the watch began, as far as it tells.
+        first_inputs: the first BN layer's statistics against those of the first training batch, before any update.
+        first_loss: of the batch before the first optimizer update, where the model gives class scores.
         warming: layers whose running statistics still hold much of their construction.
     """
 
@@ -134,6 +138,9 @@ class Trace:
     held_out: Gap | None = None
     no_gap: str = "no training batch that was run again"
     warming: tuple[str, ...] = ()
+    from_start: bool = True
+    first_inputs: LayerDrift | None = None
+    first_loss: FirstLoss | None = None
 
     @property
     def gap(self) -> Gap | None:

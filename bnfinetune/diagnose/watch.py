@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnfinetune.bn.class_change import input_of_call
 from bnfinetune.bn.folding.fold import unfolded
 from bnfinetune.bn.layers import bn_class, find_bn_layers, is_scripted, require_known
 from bnfinetune.bn.policy.switched_layer import SwitchedBN, switches_of
@@ -22,7 +23,8 @@ from bnfinetune.bn.statistics.recorder import recording
 from bnfinetune.diagnose.case import Case, Context
 from bnfinetune.diagnose.facts import FEW_IMAGES, is_untouched
 from bnfinetune.diagnose.finding import Findings
-from bnfinetune.diagnose.layer_drift import LayerDrift, drifts, observing
+from bnfinetune.diagnose.first_loss import first_loss
+from bnfinetune.diagnose.layer_drift import ImageRows, LayerDrift, drifts, observing
 from bnfinetune.diagnose.prediction import first_tensor, prediction_of
 from bnfinetune.diagnose.registry import known_codes, run_rules
 from bnfinetune.diagnose.trace import Forward, Gap, LayerCalls, Trace
@@ -42,7 +44,8 @@ _PRINT = 64  # values that tell one batch from another
 class watch_bn:  # noqa: N801  (a function to its users, as `torch.no_grad` is)
     """Watches BN layers while some steps of any loop run, and judges them by the doctor's dynamic rules.
 
-    Light hooks count calls, updates and passes; nothing is computed on activations. On leaving, the last four training
+    Light hooks count calls, updates and passes; of activations nothing is computed but, once, the moments of what the
+    first BN layer gets in the first batch. On leaving, the last four training
     batches and one that was evaluated, to which references are kept, are run twice more, in evaluation mode and without
     gradients, to compare what training and evaluation make of them; modes, statistics and random states are as before.
     After an exception in the block the findings are there too, and the exception goes on.
@@ -96,6 +99,7 @@ class watch_bn:  # noqa: N801  (a function to its users, as `torch.no_grad` is)
     ) -> None:
         self._handles.close()
         assert self._watcher is not None
+        self._watcher.judge_start()
         if error is None and self._rerun:
             self._watcher.run_again()
         case = Case(self._case.model, self._case.optimizer, context=self._case.context, trace=self.trace)
@@ -119,6 +123,7 @@ class _Watcher:
         trained = {id(p) for p in self._bare.parameters() if p.requires_grad}
         affine = {id(p) for layer in self._layers.values() for p in layer.parameters(recurse=False)}
         trace.adapts = bool(trained) and trained <= affine
+        trace.from_start = case.optimizer is None or not case.optimizer.state
         trace.layers = {name: LayerCalls(was_apart=case.set_apart(name)) for name in self._layers}
         self._optimizer = case.optimizer
         self._trained: list[int] = []  # versions of the statistics after the last training forward
@@ -129,6 +134,7 @@ class _Watcher:
         self._open = 0
         self._recent: defaultdict[str, deque[Call]] = defaultdict(lambda: deque(maxlen=_BATCHES))
         self._evaluated: dict[str, Call] = {}
+        self._first: tuple[Tensor, Tensor] | None = None  # scores before the first update, and their gradient
         self._start = {name: updates_before(layer) for name, layer in self._layers.items()}
 
     @contextmanager
@@ -137,7 +143,7 @@ class _Watcher:
             for name, layer in self._layers.items():
                 if is_scripted(layer):
                     continue
-                handles.callback(layer.register_forward_pre_hook(self._noting(name)).remove)
+                handles.callback(layer.register_forward_pre_hook(self._noting(name), with_kwargs=True).remove)
             for part in self._parts:
                 handles.callback(part.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
                 handles.callback(part.register_forward_hook(self._end, always_call=True).remove)
@@ -164,7 +170,9 @@ class _Watcher:
     def _noting(self, name: str) -> Any:
         calls, bare = self._trace.layers[name], self._bare
 
-        def note(layer: nn.Module, _: Any) -> None:
+        def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._judges_inputs():
+                self._trace.first_inputs = self._compared(layer, input_of_call(None, args, kwargs))
             if not layer.training:
                 calls.was_apart |= bare.training and not isinstance(layer, SwitchedBN)
             elif recomputing():
@@ -185,6 +193,18 @@ class _Watcher:
                     self._now.updated, self._now.domain = True, getattr(layer, "_bn_domain", None)
 
         return note
+
+    def _judges_inputs(self) -> bool:
+        now = self._now
+        return now is not None and now.trains and self._trace.steps == 0 and self._trace.first_inputs is None
+
+    def _compared(self, layer: nn.Module, x: Tensor) -> LayerDrift | None:
+        assert self._now is not None
+        if self._now.images < FEW_IMAGES or population_of(layer).stats is None:
+            return None
+        seen = ImageRows(self._now.images)
+        seen.add("", x)
+        return drifts({"": layer}, seen)[""]
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if recomputing() or (self._outermost is not None and module is not self._root):
@@ -223,7 +243,8 @@ class _Watcher:
             if not forward.part:
                 self._open += 1
                 self._trace.unanswered = max(self._trace.unanswered, self._open)
-            learns.register_hook(lambda _: self._backward(forward))
+            first = learns.detach() if self._judges_loss(learns, forward) else None  # a hook must not hold the graph
+            learns.register_hook(lambda gradient: self._backward(forward, first, gradient))
         if self._trace.adapts and out is not None and out.ndim == 2 and out.shape[1] > 1:
             forward.predicted = torch.bincount(out.detach().argmax(1), minlength=out.shape[1])
 
@@ -243,7 +264,13 @@ class _Watcher:
         means = (layer._buffers.get("running_mean") for layer in self._layers.values())
         return [mean._version for mean in means if mean is not None and not mean.is_inference()]
 
-    def _backward(self, forward: Forward) -> None:
+    def _judges_loss(self, output: Tensor, forward: Forward) -> bool:
+        scores = output.ndim == 2 and output.shape[1] > 1 and len(output) == forward.images >= FEW_IMAGES
+        return scores and forward.trains and self._trace.steps == 0 and self._first is None
+
+    def _backward(self, forward: Forward, scores: Tensor | None, gradient: Tensor) -> None:
+        if scores is not None and self._first is None:
+            self._first = scores, gradient.detach().clone()
         forward.backwards += 1
         self._open = 0
         if self._optimizer is None:
@@ -251,6 +278,10 @@ class _Watcher:
 
     def _step(self, *_: Any) -> None:
         self._trace.steps += 1
+
+    def judge_start(self) -> None:
+        """Notes the loss that training began with."""
+        self._trace.first_loss = None if self._first is None else first_loss(*self._first)
 
     @torch.no_grad()
     def run_again(self) -> None:

@@ -3,7 +3,8 @@
     python -m tests.bench photo_statistics --tasks FOLDER [FOLDER ...]
 
 A linear probe is fitted on features of the training images, under the stored statistics, under those of the training
-images (re-estimated), and under mixtures of both. Then the probe of the stored statistics meets other images, corrupted
+images (re-estimated), and under mixtures of both; beside it stands what `bnfinetune inspect` says of the same images
+before anything is trained. Then the probe of the stored statistics meets other images, corrupted
 ones of its own task and those of another task with the same classes, and statistics alone adapt to 128 of them. What is
 recorded is not measured again. The tasks are those of `python -m tests.bench transfer`.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,12 +35,13 @@ from tqdm import tqdm
 from bnfinetune.bn import choose_prior, precise_bn
 from bnfinetune.bn.adapt import adapt_model
 from bnfinetune.bn.statistics.shrinkage import prior_of
+from bnfinetune.training.checkup import inspect_checkpoint
 from bnfinetune.training.measuring.ridge import leave_one_out
 from tests.bench.pages import DOCS, put_table
 from tests.bench.results import FOLDER, record, recorded
 from tests.bench.transfer.backbones import BACKBONES, backbone_folder
 
-BENCH, PROBE, SHIFT = "photo_statistics", "probe", "shift"
+BENCH, PROBE, SHIFT, VERDICT = "photo_statistics", "probe", "shift", "verdict"
 SIZE, BATCH, ADAPT, TEST = 128, 64, 128, 240
 STORED, AGAIN, AFTERWARDS, CHOSEN = "stored", "re-estimated", "half, mixed afterwards", "auto"
 SHARES = {"0.1": 0.1, "0.25": 0.25, "0.5": 0.5, "0.75": 0.75}
@@ -57,21 +60,23 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--tasks", nargs="+", type=Path, required=True, help="folders with train, val and test")
     parser.add_argument("--backbones", nargs="+", default=list(BACKBONES), choices=list(BACKBONES))
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bnfinetune-transfer")
+    parser.add_argument("--parts", nargs="+", default=[PROBE, VERDICT, SHIFT], choices=[PROBE, VERDICT, SHIFT])
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # few images are the point
-    for name in options.backbones:
-        model = timm.create_model(f"local-dir:{backbone_folder(name, options.work)}", pretrained=True).eval()
-        for task in options.tasks:
-            _measure_probe(model, name, task)
-            _measure_shifts(model, name, task, options.tasks)
+    for part in options.parts:
+        for name in options.backbones:
+            folder = backbone_folder(name, options.work)
+            model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+            for task in options.tasks:
+                if part == SHIFT:
+                    _measure_shifts(model, name, task, options.tasks)
+                elif (key := f"{part}: {task.name}, {name}") not in recorded(BENCH):
+                    _measure_probe(model, key, task) if part == PROBE else _measure_verdict(model, folder, key, task)
     print(write_tables())
 
 
-def _measure_probe(model: Any, name: str, task: Path) -> None:
-    key = f"{PROBE}: {task.name}, {name}"
-    if key in recorded(BENCH):
-        return
+def _measure_probe(model: Any, key: str, task: Path) -> None:
     (images, labels), (held_out, truth) = (_read(model, task / split) for split in ("train", "test"))
     batches = list(images[torch.randperm(len(images), generator=_generator())].split(BATCH))
     found = {}
@@ -84,6 +89,29 @@ def _measure_probe(model: Any, name: str, task: Path) -> None:
     )
     found[CHOSEN] = _fit(chosen, images, labels).score(_features(chosen, held_out), truth)
     record(BENCH, key, {"top1": _percent(found), "share": choice.share})
+
+
+def _measure_verdict(model: Any, folder: Path, key: str, task: Path) -> None:
+    """What `inspect` says of re-estimation, and what a probe then has on the test images."""
+    begin = time.perf_counter()
+    found = inspect_checkpoint(str(folder), [f"data.source={task}", f"data.image_size={SIZE}"], minutes=1).readout
+    assert found is not None
+    seconds = time.perf_counter() - begin
+    (images, labels), (held_out, truth) = (_read(model, task / split) for split in ("train", "test"))
+    batches = list(images.split(BATCH))
+
+    def score(share: float) -> float:
+        adapted = model if share == 0 else _with_prior(model, batches, prior_of(share, len(images)), "mixture")
+        return float(_fit(adapted, images, labels).score(_features(adapted, held_out), truth))
+
+    stored, advised, again = score(0.0), score(found.best if found.helps else 0.0), score(1.0)
+    record(
+        BENCH,
+        key,
+        found.to_dict()
+        | {"test": _percent({STORED: stored, "advised": advised, AGAIN: again})}
+        | {"seconds": round(seconds)},
+    )
 
 
 def _measure_shifts(model: Any, name: str, task: Path, tasks: Sequence[Path]) -> None:
@@ -178,18 +206,32 @@ def _percent(found: dict[str, float]) -> dict[str, float]:
 
 
 def write_tables() -> str:
-    """Puts both tables into the page; gives them as text too."""
-    parts = []
-    for kind, title in ((PROBE, "probe of"), (SHIFT, "classifier, images")):
-        rows = {key.partition(": ")[2]: found["top1"] for key, found in recorded(BENCH).items() if key.startswith(kind)}
-        if not rows:
-            continue
-        ways = list(next(iter(rows.values())))
-        rows["mean"] = {way: mean(row[way] for row in rows.values()) for way in ways}
-        lines = [f"| {title} | " + " | ".join(ways) + " |", "| --- |" + " ---: |" * len(ways)]
-        lines += [f"| {key} | " + " | ".join(f"{row[way]:.1f}" for way in ways) + " |" for key, row in rows.items()]
-        parts.append("\n".join(lines))
-    text = "\n\n".join(parts)
+    """Puts the tables into the page; gives them as text too."""
+    parts = [_table_of_tops(PROBE, "probe of"), _table_of_verdicts(), _table_of_tops(SHIFT, "classifier, images")]
+    text = "\n\n".join(part for part in parts if part)
     what = f"Top-1 in %, one split of each task; {SIZE} px"
     put_table(DOCS / "domain_shift.md", FOLDER / f"{BENCH}.json", text, what)
     return text
+
+
+def _table_of_tops(kind: str, title: str) -> str:
+    rows = {key.partition(": ")[2]: found["top1"] for key, found in recorded(BENCH).items() if key.startswith(kind)}
+    if not rows:
+        return ""
+    ways = list(next(iter(rows.values())))
+    rows["mean"] = {way: mean(row[way] for row in rows.values()) for way in ways}
+    lines = [f"| {title} | " + " | ".join(ways) + " |", "| --- |" + " ---: |" * len(ways)]
+    lines += [f"| {key} | " + " | ".join(f"{row[way]:.1f}" for way in ways) + " |" for key, row in rows.items()]
+    return "\n".join(lines)
+
+
+def _table_of_verdicts() -> str:
+    rows = {key.partition(": ")[2]: found for key, found in recorded(BENCH).items() if key.startswith(VERDICT)}
+    lines = ["| `inspect` of | says of the images' own statistics | gain | test: stored | as said | re-estimated |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    for key, found in rows.items():
+        unsure = "may or may not help" if found["gain"] > 0 else "would not help"
+        said = f"help, best with a weight of {found['best']:.0%}" if found["helps"] else unsure
+        gain, test = f"{100 * found['gain']:+.1f} ± {100 * found['doubt']:.1f}", found["test"]
+        lines.append(f"| {key} | {said} | {gain} | {test[STORED]:.1f} | {test['advised']:.1f} | {test[AGAIN]:.1f} |")
+    return "\n".join(lines) if rows else ""

@@ -23,7 +23,7 @@ from tests.training.loop.test_guard import settings
 from tests.training.support import write_images
 
 RECIPES = ("precise_then_freeze", "lp_ft", "freeze_bn", "full")
-HELPS = Readout(100, {0.0: 0.5, 0.25: 0.6, 0.5: 0.6, 1.0: 0.55}, best=0.25, gain=0.1, doubt=0.02)
+HELPS = Readout(100, {0.0: 0.5, 0.25: 0.6, 0.5: 0.6, 1.0: 0.55}, best=0.25, gain=0.1, doubt=0.02, sureness=5.0)
 SEEN = Look("", bn_layers=20, untouched=False, training_images=200, classes=3, readout=HELPS)
 
 

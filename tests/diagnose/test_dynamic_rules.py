@@ -1,6 +1,7 @@
 """Each dynamic rule fires on its pitfall in a running loop, names the right layer, and is silent once repaired."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 import bnfinetune as bnf
 from bnfinetune.bn.folding.fold import fold_report
+from bnfinetune.diagnose.first_loss import first_loss
 from tests.diagnose.support import FAMILIES, INNER, STAGE, codes, loader, network, paste, settled, sgd, the, train_step
 
 
@@ -154,6 +156,122 @@ def test_folded_layers_are_judged_by_what_their_convolutions_are_handed(characte
     assert not watch(data[:2])
     assert "BN203" in codes(watch(dark[:2]))
     assert fold_report(model).folded
+
+
+def test_statistics_that_training_has_left_behind_are_no_other_domain(character_network):
+    """Weights before the first layer learn, and the statistics behind them are frozen: nobody's domain has changed."""
+    model, data = bnf.freeze_bn(copy.deepcopy(character_network[0]).train()), character_network[1]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9, momentum=0.9)
+
+    def move(*_):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 4:
+                    parameter.mul_(3.0)
+
+    optimizer.register_step_post_hook(move)
+    with bnf.watch_bn(model, optimizer) as watch:
+        train(model, optimizer, data[:2])
+    assert next(iter(watch.trace.gap.layers.values())).drift > 0.75
+    assert "BN203" not in codes(watch.findings)
+    assert "BN203" not in watch.findings.unjudged
+    with bnf.watch_bn(model, optimizer) as watch:
+        train(model, optimizer, data[:2])
+    assert "BN203" not in codes(watch.findings)
+    assert watch.findings.unjudged["BN203"] == "no first step: the watch began when the weights had moved already"
+
+
+# the start
+
+
+def start(model, images, labels, criterion=F.cross_entropy, steps=2):
+    optimizer = sgd(model, lr=1e-6)
+    with bnf.watch_bn(model, optimizer, rerun=False) as watch:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            criterion(model(images), labels).backward()
+            optimizer.step()
+    return watch
+
+
+def a_batch(count=16):
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(3)), torch.arange(count) % 5
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0, 1 / 8])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_head_that_is_sure_of_nothing_it_has_learned(name, scale, smoothing):
+    model, (images, labels) = network(name), a_batch()
+    head = model.get_classifier()
+    nn.init.normal_(head.weight, std=3.0)
+
+    def criterion(scores, wanted):  # scaled, as GradScaler and accumulation do
+        return scale * F.cross_entropy(scores, wanted, label_smoothing=smoothing)
+
+    wanted = F.cross_entropy(copy.deepcopy(model)(images), labels).item()
+    watch = start(model, images, labels, criterion, steps=1)
+    found = the(watch.findings, "BN505")
+    assert found.where == ("fc" if name == "resnet18" else "classifier",)
+    assert watch.trace.first_loss.value == pytest.approx(wanted, rel=1e-4)
+    paste(found.fix, model=model)
+    watch = start(model, images, labels, criterion)
+    assert "BN505" not in codes(watch.findings)
+    assert watch.trace.first_loss.value == pytest.approx(watch.trace.first_loss.chance, rel=1e-3)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_the_first_loss_is_read_off_the_gradient_in_half_precision_too(name, half):
+    model, (images, labels) = network(name), a_batch()
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        watch = start(model, images, labels, steps=1)
+        wanted = F.cross_entropy(network(name)(images), labels).item()
+    assert watch.trace.first_loss.value == pytest.approx(wanted, rel=0.02)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 100])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("right", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("loud", [0.1, 3.0, 30.0])
+def test_the_loss_that_a_gradient_tells_of(classes, smoothing, right, loud):
+    """Of networks that know nothing, much or all of it, and say so quietly or loudly."""
+    generator = torch.Generator().manual_seed(0)
+    scores = loud * torch.randn(64, classes, generator=generator)
+    labels = torch.randint(0, classes, (64,), generator=generator)
+    known = torch.rand(64, generator=generator) < right
+    labels[known] = scores.argmax(1)[known]
+    scores.requires_grad_()
+    F.cross_entropy(scores, labels, label_smoothing=smoothing).backward()
+    found = first_loss(scores, scores.grad)
+    wanted = F.cross_entropy(scores, labels).item()
+    if found is None:  # all surer than the labels
+        assert smoothing
+        assert right == 1.0
+        assert loud > 1
+    else:
+        assert found.value == pytest.approx(wanted, rel=0.02, abs=0.02)
+
+
+def test_the_watch_keeps_no_graph(name):
+    model, (images, labels) = network(name), a_batch()
+    with bnf.watch_bn(model, sgd(model), rerun=False):
+        scores = model(images)
+        kept = weakref.ref(scores)
+        F.cross_entropy(scores, labels).backward()
+        del scores
+        assert kept() is None
+
+
+def test_other_losses_and_later_steps_have_no_first_loss(name):
+    images, labels = a_batch()
+    one_hot = F.one_hot(labels, 5).float()
+    for criterion in (F.binary_cross_entropy_with_logits, F.mse_loss):
+        watch = start(network(name), images, one_hot, criterion)
+        assert watch.trace.first_loss is None
+        assert watch.findings.unjudged["BN505"] == "no first batch of class scores, of images with one label each"
+    ignored = start(network(name), images, torch.full_like(labels, -100), steps=1)
+    assert ignored.trace.first_loss is None
+    few = start(network(name), images[:4], labels[:4], steps=1)
+    assert few.trace.first_loss is None
 
 
 def test_entropy_minimisation_that_collapses():

@@ -60,11 +60,11 @@ def test_where_few_parameters_train_ruined_statistics_are_mended_first(why):
 def test_what_was_measured_decides(character_report):
     """Labels of the network's own classes tell, a readout before them."""
     assert not Situation.of(character_report).ruined
-    ruined = Readout(256, {0.0: 0.3, 1.0: 0.7}, 1.0, 0.4, 0.03)
+    ruined = Readout(256, {0.0: 0.3, 1.0: 0.7}, 1.0, 0.4, 0.03, 9.0)
     assert Situation.of(character_report, readout=ruined).ruined
-    foreign = Readout(256, {0.0: 0.7, 0.25: 0.8}, 0.25, 0.1, 0.02)
+    foreign = Readout(256, {0.0: 0.7, 0.25: 0.8}, 0.25, 0.1, 0.02, 5.0)
     assert not Situation.of(character_report, readout=foreign).ruined
-    chance = Readout(6, {0.0: 0.3, 1.0: 0.6}, 1.0, 0.3, 0.2)
+    chance = Readout(6, {0.0: 0.3, 1.0: 0.6}, 1.0, 0.3, 0.2, 1.5)
     assert not Situation.of(character_report, readout=chance).ruined
     moved = replace(character_report, running=replace(character_report.running, accuracy=0.2))
     assert Situation.of(moved).ruined

@@ -26,6 +26,7 @@ from bnfinetune.diagnose.finding import Findings, render
 from bnfinetune.diagnose.prediction import first_tensor
 from bnfinetune.diagnose.registry import all_rules
 from bnfinetune.diagnose.rules.domains import MOST_DISTANCE
+from tests.diagnose.sound_watches import KINDS, pictures
 from tests.diagnose.support import (
     FAMILIES,
     INNER,
@@ -380,23 +381,6 @@ def test_one_batch_is_no_evidence(name):
 # chance
 
 
-def drawn(kind, generator, images):
-    """Images that are drawn alike, of three very different distributions of what they have in common."""
-    pictures = torch.randn(images, 3, 8, 8, generator=generator)
-    if kind == "brightness":
-        return pictures * 0.2 + torch.randn(images, 1, 1, 1, generator=generator)
-    if kind == "heavy tails":
-        return pictures * torch.randn(images, 3, 1, 1, generator=generator).exp() + torch.randn(
-            images, 3, 1, 1, generator=generator
-        ).pow(3)
-    if kind == "black or white":
-        return pictures * 1e-3 + torch.randint(0, 2, (images, 1, 1, 1), generator=generator)
-    return pictures
-
-
-KINDS = ("noise", "brightness", "heavy tails", "black or white")
-
-
 def accumulating(draw, *, images, places, steps, shift=0.0):
     """What is said of a small network whose loop accumulates gradients over some micro-batches per step."""
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
@@ -416,7 +400,7 @@ def test_micro_batches_drawn_alike_are_no_domains(kind, images, places, steps):
     said = 0
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
-        found = accumulating(lambda n: drawn(kind, generator, n), images=images, places=places, steps=steps)  # noqa: B023
+        found = accumulating(lambda n: pictures(kind, n, generator), images=images, places=places, steps=steps)  # noqa: B023
         said += "BN209" in codes(found)
     assert not said
 
@@ -425,7 +409,7 @@ def test_micro_batches_drawn_alike_are_no_domains(kind, images, places, steps):
 def test_a_second_domain_is_still_found(kind):
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
-        found = accumulating(lambda n: drawn(kind, generator, n), images=16, places=2, steps=10, shift=3.0)  # noqa: B023
+        found = accumulating(lambda n: pictures(kind, n, generator), images=16, places=2, steps=10, shift=3.0)  # noqa: B023
         assert "BN209" in codes(found)
 
 

@@ -1,6 +1,7 @@
 """Each static rule fires on its pitfall, names the right layer, and is silent once its own fix line is applied."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -203,6 +204,21 @@ def test_requires_grad_thaws_a_frozen_affine(name):
     assert not any(model.get_submodule(each).weight.requires_grad for each in found.where)
     bnf.unfreeze_bn(model)
     assert "BN113" not in codes(bnf.check_bn(model))
+
+
+def test_a_forward_put_on_a_layer_under_a_policy(name):
+    model = network(name)
+    layer = model.get_submodule(INNER[name])
+    layer.forward = lambda x: x
+    assert "BN114" not in codes(bnf.check_bn(model))  # nothing was asked of it
+    del layer.forward
+    bnf.freeze_bn(model)
+    layer.forward = functools.partial(type(layer).__bases__[-1].forward, layer)
+    found = the(bnf.check_bn(model), "BN114")
+    assert found.where == (INNER[name],)
+    assert "BN114" not in mended(found, model)
+    model.train()(torch.randn(2, 3, 32, 32))
+    assert "forward" not in vars(layer)
 
 
 def test_a_live_stage_between_frozen_ones():
@@ -526,6 +542,24 @@ def test_an_average_of_frozen_statistics_keeps_them(name):
     assert set(found.where) == stage_layers(model, name)
     paste(found.fix, model=model, averaged=averaged)
     assert "BN606" not in codes(bnf.check_bn(model, averaged=averaged))
+
+
+def test_a_folded_model_that_was_taken_apart(name):
+    model = network(name).eval()
+    images = torch.randn(2, 3, 32, 32)
+    wanted = model(images)
+    bnf.fold_bn(bnf.freeze_bn(model), images)
+    conv = next(row.conv for row in bnf.fold_report(model) if row.layer == INNER[name])
+    assert "BN607" not in codes(bnf.check_bn(model))
+    assert "BN607" not in codes(bnf.check_bn(copy.deepcopy(model)))
+    of_conv, of_bn = copy.deepcopy(model), copy.deepcopy(model)
+    of_conv.set_submodule(conv, copy.deepcopy(bnf.unfold_bn(copy.deepcopy(model)).get_submodule(conv)))
+    of_bn.set_submodule(INNER[name], copy.deepcopy(network(name).get_submodule(INNER[name])))
+    for parted, left in ((of_conv, INNER[name]), (of_bn, conv)):
+        found = the(bnf.check_bn(parted), "BN607")
+        assert found.where == (left,)
+        torch.testing.assert_close(parted.eval()(images), wanted)  # a pity, but not wrong
+        assert "BN607" not in mended(found, parted)
 
 
 def test_averages_of_layers_under_a_policy_are_re_estimated_around_them(name):

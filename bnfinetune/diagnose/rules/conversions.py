@@ -1,4 +1,4 @@
-"""Rules about models that were converted: compared with the `source` they came from."""
+"""Rules about layers that something else has converted, replaced or taken apart since."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from bnfinetune.bn.class_change import has_foreign_forward
+from bnfinetune.bn.folding.layers import FoldedBN, FoldedConv
 from bnfinetune.bn.layers import find_bn_layers, is_scripted, native_class, unwrap, walk_modules
 from bnfinetune.bn.policy.marks import replaced_layers
 from bnfinetune.bn.policy.state import Switches
@@ -50,6 +52,37 @@ def replaced_under_policy(case: Case) -> Iterator[Trouble]:
             f"{len(names)} layers were under a policy ({', '.join(switches)}) and are now a "
             f"{type(case.layers[names[0]]).__name__} without one",
             case.policy(names, *settings),
+        )
+
+
+@rule(
+    "BN114",
+    "a replaced forward hides the policy",
+    "warning",
+    why="What the layer computes is the replacement's affair; whether the policy still holds, nobody can tell.",
+)
+def hidden_by_forward(case: Case) -> Iterator[Trouble]:
+    """**Symptom.** Statistics that a policy froze move, or what it set has no effect.
+
+    **Cause.** `layer.forward = ...` on the layer itself, as profilers, pruners and patches for export do: it takes the
+    place of whatever the layer's class computes, and a policy is a class. Policies refuse such layers; this one was
+    patched afterwards.
+
+    **Found by.** A layer under a policy that keeps a `forward` of its own, which is not accelerate's.
+
+    ```python
+    bnf.freeze_bn(model)
+    model.bn1.forward = functools.partial(traced, model.bn1)     # the pitfall
+
+    del model.bn1.forward                                        # repaired; a forward hook sees the output as well
+    ```
+    """
+    hidden = [name for name, layer in case.layers.items() if not case.is_native(name) and has_foreign_forward(layer)]
+    if hidden:
+        yield Trouble(
+            tuple(hidden),
+            f"{len(hidden)} layers under a policy keep a forward of their own",
+            f"[vars(model.get_submodule(name)).pop('forward') for name in {hidden!r}]",
         )
 
 
@@ -189,3 +222,36 @@ def _shares_weights(source: nn.Module, model: nn.Module) -> bool:
         parameter.ndim > 1 and name in own and own[name].shape == parameter.shape and torch.equal(own[name], parameter)
         for name, parameter in unwrap(source).named_parameters()
     )
+
+
+@rule(
+    "BN607",
+    "folded layers were taken apart",
+    "info",
+    why="Outputs stay right, but such a pair saves nothing, and the half that is left carries a class of this package.",
+)
+def parted_pair(case: Case) -> Iterator[Trouble]:
+    """**Symptom.** A folded model is no faster any more, or a file of it asks for bnfinetune where it is read.
+
+    **Cause.** It was given to a tool that replaces layers, such as a fuser, a quantiser or one that adds adapters: a
+    new layer stands where the conv or its BN layer was, and the other half still waits for it.
+
+    **Found by.** Convs that fold and whose BN layer is no longer in the model, and the other way round.
+
+    ```python
+    fuser(bnf.fold_bn(model))                              # the pitfall
+
+    fuser(bnf.unfold_bn(model))                            # repaired; to deploy: bnf.fuse_bn(model)
+    ```
+    """
+    modules = dict(walk_modules(case.model))
+    awaited = {name: layer._fold_convs for name, layer in case.layers.items() if isinstance(layer, FoldedBN)}
+    present, paired = set(modules.values()), {conv for convs in awaited.values() for conv in convs}
+    convs = [name for name, module in modules.items() if isinstance(module, FoldedConv) and module not in paired]
+    layers = [name for name, its in awaited.items() if not present.issuperset(its)]
+    if convs or layers:
+        yield Trouble(
+            (*convs, *layers),
+            f"{len(convs)} folding convs without their BN layer, {len(layers)} folded BN layers without their conv",
+            "bnf.unfold_bn(model)",
+        )

@@ -1,4 +1,4 @@
-"""Rules about numbers: statistics that are not finite, and what the optimizer does to BN."""
+"""Rules about numbers: statistics that are not finite, what the optimizer does to BN, where the loss starts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch import Tensor
 
 from bnfinetune.diagnose.case import Case
 from bnfinetune.diagnose.facts import bn_parameters, rebuilt_optimizer
-from bnfinetune.diagnose.registry import Trouble, rule
+from bnfinetune.diagnose.registry import Lacking, Trouble, rule
+
+FAR = 2.0
+"""Times ln C above which a first loss is not what a head that knows nothing should begin with."""
 
 
 @rule(
@@ -125,3 +128,50 @@ def leftover_gradient(case: Case) -> Iterator[Trouble]:
             f"{len(moving)} frozen weights and biases hold a gradient in the optimizer",
             "optimizer.zero_grad(set_to_none=True)",
         )
+
+
+@rule(
+    "BN505",
+    "training starts far above the loss of guessing",
+    "warning",
+    why="The head is sure of answers that it has not learned; the first updates send that error through all layers.",
+    needs=("trace",),
+)
+def loud_head(case: Case) -> Iterator[Trouble | Lacking]:
+    """**Symptom.** Fine-tuning from good features ends many points behind the same recipe with another new head.
+
+    **Cause.** timm draws the new classifier of some twenty families, EfficientNets and MobileNets among them, with a
+    deviation near 1 / sqrt(C) whatever its inputs: with 7 classes, the loss began at 9.2, where ln 7 is 1.95.
+
+    **Found by.** The cross entropy of the first watched batch of 8 or more images, before any optimizer update: above
+    twice ln C by more than three standard errors. The labels are read off the gradient of the scores, so that a loss
+    of another kind, and mixed images, are not judged.
+
+    ```python
+    model = timm.create_model("efficientnet_b0", pretrained=True, num_classes=7)      # the pitfall
+
+    bnf.reset_head(model)                                  # repaired: zeros, before the optimizer is built
+    ```
+    """
+    assert case.trace is not None
+    first = case.trace.first_loss
+    if first is None:
+        yield Lacking("no first batch of class scores, of images with one label each")
+    elif first.value - 3 * first.error > FAR * first.chance:
+        heads = _score_layers(case, first.classes)
+        yield Trouble(
+            heads,
+            f"the first batch has a cross entropy of {first.value:.2f}; guessing costs ln {first.classes} = "
+            f"{first.chance:.2f}",
+            f"[torch.nn.init.zeros_(p) for name in {heads!r} for p in model.get_submodule(name).parameters()]",
+        )
+
+
+def _score_layers(case: Case, classes: int) -> tuple[str, ...]:
+    """The layers that give the scores: in the classifier, or anywhere, the last that has a row of weights per class."""
+    fitting = [
+        (name, id(module) in case.head)
+        for name, module in case.bare.named_modules()
+        if (weight := getattr(module, "weight", None)) is not None and weight.ndim > 1 and len(weight) == classes
+    ]
+    return tuple(name for name, in_head in fitting if in_head) or tuple(name for name, _ in fitting[-1:])

@@ -74,12 +74,13 @@ def read_out(model: Any, batches: Sequence[tuple[Tensor, Tensor]], accelerator: 
     Raises:
         StatisticsError: A pass failed.
     """
-    made: list[Tensor] = []  # right or not, by image
+    made: list[tuple[Tensor, Tensor]] = []  # right or not, and the squared error, by image
 
     def score() -> float:
         features, labels = _of_all_ranks(_features, model, batches, accelerator)
-        found = leave_one_out(features, _targets(labels))
-        made.append(_right(found.predictions, labels))
+        targets = _targets(labels)
+        found = leave_one_out(features, targets)
+        made.append((_right(found.predictions, labels), (targets - found.predictions).square().sum(1)))
         return -found.error
 
     put_back = kept_buffers(model)
@@ -89,11 +90,18 @@ def read_out(model: Any, batches: Sequence[tuple[Tensor, Tensor]], accelerator: 
         )
     finally:
         put_back()
-    right = dict(zip(choice.scores, made, strict=True))
-    apart = right[choice.share] - right[0.0]
-    doubt = float(apart.std() / len(apart) ** 0.5) if len(apart) > 1 else math.inf
-    scores = {share: float(each.mean()) for share, each in right.items()}
-    return Readout(len(apart), scores, choice.share, float(apart.mean()), doubt)
+    by_share = dict(zip(choice.scores, made, strict=True))
+    (right, error), (right_before, error_before) = by_share[choice.share], by_share[0.0]
+    gain, doubt = _mean_and_doubt(right - right_before)
+    less, doubt_of_less = _mean_and_doubt(error_before - error)
+    scores = {share: float(each.mean()) for share, (each, _) in by_share.items()}
+    sureness = less / doubt_of_less if doubt_of_less else 0.0  # the same network, and no doubt about it
+    return Readout(len(right), scores, choice.share, gain, doubt, sureness)
+
+
+def _mean_and_doubt(apart: Tensor) -> tuple[float, float]:
+    """The mean over the images, and its standard error."""
+    return float(apart.mean()), float(apart.std() / len(apart) ** 0.5) if len(apart) > 1 else math.inf
 
 
 def _right(predictions: Tensor, labels: Tensor) -> Tensor:
