@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,13 +18,22 @@ class FirstLoss(NamedTuple):
 
     Attributes:
         value: its mean over the images, in nats.
-        error: standard error of that.
+        blind: the same, were each image of every class in turn: what these scores cost if they know nothing.
+        blind_error: standard error of that.
+        apart_error: standard error of the difference of the two, paired over images.
         classes: C.
     """
 
     value: float
-    error: float
+    blind: float
+    blind_error: float
+    apart_error: float
     classes: int
+
+    @property
+    def knows_nothing(self) -> bool:
+        """Whether the true labels fare no better under these scores than any others, by two standard errors."""
+        return self.blind - self.value < 2 * self.apart_error
 
     @property
     def chance(self) -> float:
@@ -61,6 +69,18 @@ def first_loss(scores: Tensor, gradient: Tensor) -> FirstLoss | None:
     shares, labels = (chances - scale * gradient)[counted].max(1)
     if (shares - 1).abs().max() > _SMOOTHED:
         return None
-    losses = F.cross_entropy(scores[counted], labels, reduction="none")
-    deviation, mean = torch.std_mean(losses)
-    return FirstLoss(float(mean), float(deviation) / math.sqrt(len(losses)), scores.shape[1])
+    scores = scores[counted]
+    losses = F.cross_entropy(scores, labels, reduction="none")
+    blind = scores.logsumexp(1) - scores.mean(1)
+    return FirstLoss(
+        value=float(losses.mean()),
+        blind=float(blind.mean()),
+        blind_error=_error(blind),
+        apart_error=_error(blind - losses),
+        classes=scores.shape[1],
+    )
+
+
+def _error(values: Tensor) -> float:
+    """Standard error of the mean."""
+    return float(values.std()) / math.sqrt(len(values))

@@ -55,6 +55,7 @@ def compare_in_forks(planned, out, kill_worker_after):
     compare(planned, out=out, seeds=2, jobs=2, race=False)
 
 
+@pytest.mark.timeout(100 + 100 * KILLS)
 def test_a_comparison_killed_at_random_moments_gives_the_same_table(images, nursery, tmp_path):
     planned = plain(images, **{"train.epochs": 3, "checkpoint.every_steps": 1})
     compare(planned, out=tmp_path / "whole", seeds=2, race=False, executor=Direct(), say=lambda _: None)
