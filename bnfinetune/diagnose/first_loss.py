@@ -60,7 +60,7 @@ def first_loss(scores: Tensor, gradient: Tensor) -> FirstLoss | None:
     sure, answers = chances.max(1)
     size = gradient.abs().sum(1)
     counted = (size > 0) | (sure > _SURE)  # others are ignored by the loss
-    if counted.sum() < 2 or (gradient.sum(1).abs() > _ROUNDING * size.amax()).any():
+    if not size.any() or counted.sum() < 2 or (gradient.sum(1).abs() > _ROUNDING * size.amax()).any():
         return None
     if scores.shape[1] == 2 and (gradient.gather(1, answers[:, None]) > 0).all():
         return None  # all wrong, or all surer than smoothed labels: with two classes these look the same

@@ -265,6 +265,10 @@ def test_the_loss_that_a_gradient_tells_of(classes, smoothing, right, loud):
         assert not (found.knows_nothing and right and loud > 1)
 
 
+def test_a_gradient_of_zeros_tells_nothing():
+    assert first_loss(100 * torch.eye(5), torch.zeros(5, 5)) is None
+
+
 def test_the_watch_keeps_no_graph(name):
     model, (images, labels) = network(name), a_batch()
     with bnf.watch_bn(model, sgd(model), rerun=False):
