@@ -33,14 +33,18 @@ class Readout(NamedTuple):
         return self.gain > 0 and self.sureness > 2
 
     @property
+    def answer(self) -> str:
+        """Whether to compute statistics anew, in a few words."""
+        if self.helps:
+            return f"help, best {_named(self.best)}"
+        return "may or may not help" if self.gain > 0 else "would not help"
+
+    @property
     def verdict(self) -> str:
-        """One sentence: whether to compute statistics anew."""
+        """The answer in a sentence, with what it rests on."""
         numbers = ", ".join(f"{score:.1%} {_named(share)}" for share, score in self.scores.items())
         found = f"a linear readout of the features has {numbers} ({self.images} images, each predicted by the others)."
-        if not self.helps:
-            whether = "may or may not help" if self.gain > 0 else "would not help"
-            return f"Statistics of these images {whether}: {found}"
-        return f"Statistics of these images help, best {_named(self.best)}: {found}"
+        return f"Statistics of these images {self.answer}: {found}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers; weights as strings."""

@@ -45,9 +45,9 @@ class watch_bn:  # noqa: N801  (a function to its users, as `torch.no_grad` is)
     """Watches BN layers while some steps of any loop run, and judges them by the doctor's dynamic rules.
 
     Light hooks count calls, updates and passes; of activations nothing is computed but, once, the moments of what the
-    first BN layer gets in the first batch. On leaving, the last four training
-    batches and one that was evaluated, to which references are kept, are run twice more, in evaluation mode and without
-    gradients, to compare what training and evaluation make of them; modes, statistics and random states are as before.
+    first BN layer gets in the first batch. On leaving, the last four training batches and one that was evaluated, to
+    which references are kept, are run twice more, in evaluation mode and without gradients, to compare what training
+    and evaluation make of them; modes, statistics and random states are as before.
     After an exception in the block the findings are there too, and the exception goes on.
 
     Args:

@@ -19,7 +19,7 @@ SUITE = (
     "two_ranks",
     "fold_families",
 )
-HELPERS = ("__main__", "folders", "harness", "pages", "results", "trainers")
+HELPERS = ("__main__", "folders", "harness", "pages", "results", "timm_script", "trainers")
 
 
 def benches() -> list[str]:

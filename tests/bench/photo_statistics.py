@@ -35,6 +35,7 @@ from tqdm import tqdm
 from bnfinetune.bn import choose_prior, precise_bn
 from bnfinetune.bn.adapt import adapt_model
 from bnfinetune.bn.statistics.shrinkage import prior_of
+from bnfinetune.diagnose.readout import Readout
 from bnfinetune.training.checkup import inspect_checkpoint
 from bnfinetune.training.measuring.ridge import leave_one_out
 from tests.bench.pages import DOCS, put_table
@@ -230,8 +231,9 @@ def _table_of_verdicts() -> str:
     lines = ["| `inspect` of | says of the images' own statistics | gain | test: stored | as said | re-estimated |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
     for key, found in rows.items():
-        unsure = "may or may not help" if found["gain"] > 0 else "would not help"
-        said = f"help, best with a weight of {found['best']:.0%}" if found["helps"] else unsure
-        gain, test = f"{100 * found['gain']:+.1f} ± {100 * found['doubt']:.1f}", found["test"]
-        lines.append(f"| {key} | {said} | {gain} | {test[STORED]:.1f} | {test['advised']:.1f} | {test[AGAIN]:.1f} |")
+        said, test = Readout.from_dict(found), found["test"]
+        gain = f"{100 * said.gain:+.1f} ± {100 * said.doubt:.1f}"
+        lines.append(
+            f"| {key} | {said.answer} | {gain} | {test[STORED]:.1f} | {test['advised']:.1f} | {test[AGAIN]:.1f} |"
+        )
     return "\n".join(lines) if rows else ""

@@ -11,7 +11,6 @@ processes are compared pair by pair.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -22,12 +21,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.bench import timm_script
 from tests.bench.folders import write_jpegs
 from tests.bench.harness import lead
 from tests.bench.results import record
 
 OURS, TIMM = "bnfinetune", "timm train.py"
 CLASSES = 4
+RUN = timm_script.RUN
 
 
 @dataclass(frozen=True)
@@ -116,59 +117,48 @@ def _row(spent: dict[str, list[Spent]], clock: str) -> dict[str, object]:
 
 def _run(tool: str, setting: Setting, folder: Path, script: Path) -> Spent:
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        command = _ours(setting, folder, name) if tool == OURS else _timm(setting, folder, name, script)
+        images, output = folder / "images", Path(name)
+        command = _ours(setting, images, output) if tool == OURS else _timm(setting, images, output, script)
         before, begin = os.times(), time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, cwd=name)
         wall, after = time.perf_counter() - begin, os.times()
         if done.returncode:
             raise SystemExit(f"{tool} failed: {done.stderr.strip().splitlines()[-1]}")
-        top1 = _top1_of_ours(Path(name)) if tool == OURS else _top1_of_timm(Path(name))
+        top1 = _top1_of_ours(output) if tool == OURS else timm_script.best_validation(output)
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return Spent(wall, cpu, top1)
 
 
-def _ours(setting: Setting, folder: Path, run: str) -> list[str]:
+def _ours(setting: Setting, images: Path, output: Path) -> list[str]:
     settings = {
         "recipe": setting.recipe,
         "model.name": setting.model,
         "model.pretrained": "false",
-        "data.source": folder / "images",
+        "data.source": images,
         "data.image_size": setting.size,
         "data.workers": setting.workers,
         "train.epochs": setting.epochs,
         "train.batch_size": setting.batch,
-        "run.dir": f"{run}/run",
+        "run.dir": output / RUN,
     }
     return [sys.executable, "-m", "bnfinetune", *(f"{key}={value}" for key, value in settings.items())]
 
 
-def _timm(setting: Setting, folder: Path, run: str, script: Path) -> list[str]:
-    settings = {
-        "--data-dir": folder / "images",
-        "--train-split": "train",
-        "--val-split": "val",
-        "--model": setting.model,
-        "--num-classes": CLASSES,
-        "--img-size": setting.size,
-        "--batch-size": setting.batch,
-        "--opt": "adamw",
-        "--lr": 3e-4,
-        "--epochs": setting.epochs,
-        "--warmup-epochs": 0,
-        "--workers": setting.workers,
-        "--device": "cpu",
-        "--output": run,
-        "--experiment": "run",
-        "--checkpoint-hist": 1,
-    }
-    return [sys.executable, str(script.resolve()), *(str(word) for pair in settings.items() for word in pair)]
+def _timm(setting: Setting, images: Path, output: Path, script: Path) -> list[str]:
+    return timm_script.command(
+        script,
+        data=images,
+        output=output,
+        model=setting.model,
+        classes=CLASSES,
+        size=setting.size,
+        batch=setting.batch,
+        epochs=setting.epochs,
+        workers=setting.workers,
+        lr=3e-4,
+    )
 
 
-def _top1_of_ours(run: Path) -> float:
-    summary = json.loads((run / "run" / "summary.json").read_text(encoding="utf-8"))
+def _top1_of_ours(output: Path) -> float:
+    summary = json.loads((output / RUN / "summary.json").read_text(encoding="utf-8"))
     return 100 * float(summary["after"]["validation"]["top1"])
-
-
-def _top1_of_timm(run: Path) -> float:
-    with (run / "run" / "summary.csv").open(encoding="utf-8") as file:
-        return max(float(row["eval_top1"]) for row in csv.DictReader(file))

@@ -80,11 +80,19 @@ def way(rule: str) -> Callable[[Callable[..., Findings]], Callable[..., Findings
     return enter
 
 
-def _train(model: nn.Module, draw: Callable[[int], Tensor], generator: torch.Generator, **how: float) -> Findings:
+def _train(
+    model: nn.Module,
+    draw: Callable[[int], Tensor],
+    generator: torch.Generator,
+    *,
+    images: int,
+    steps: int,
+    places: int = 1,
+    lr: float = 0.01,
+) -> Findings:
     """A few steps on batches with labels that are drawn."""
-    images, steps, places = int(how["images"]), int(how["steps"]), int(how.get("places", 1))
     learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(learning, lr=how.get("lr", 0.01))
+    optimizer = torch.optim.SGD(learning, lr=lr)
     with bnf.watch_bn(model, optimizer) as watch:
         for _ in range(steps):
             optimizer.zero_grad()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import gc
 import io
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +23,7 @@ from torchvision.datasets import ImageFolder
 
 import bnfinetune as bnf
 from bnfinetune.recipe_files import load_recipe
+from tests.bench import timm_script
 
 SIZE, EPOCHS, LEARNING_RATE, WEIGHT_DECAY = 128, 8, 3e-4, 0.05
 
@@ -163,39 +162,30 @@ def _timm(cell: Cell, script: Path | None, folder: Path) -> tuple[float, float]:
     if script is None:
         raise SystemExit("timm train.py is not part of this project: name it with --timm FILE")
     classes = sum(path.is_dir() for path in (cell.task / "train").iterdir())
-    words = {
-        "--data-dir": cell.task,
-        "--train-split": "train",
-        "--val-split": "val",
-        "--model": cell.backbone.name,
-        "--pretrained-path": cell.backbone / "model.safetensors",
-        "--num-classes": classes,
-        "--img-size": SIZE,
-        "--batch-size": cell.batch,
-        "--opt": "adamw",
-        "--lr": LEARNING_RATE,
-        "--weight-decay": WEIGHT_DECAY,
-        "--epochs": EPOCHS,
-        "--warmup-epochs": 0,
-        "--seed": cell.seed,
-        "--workers": 0,
-        "--device": "cpu",
-        "--output": folder,
-        "--experiment": "run",
-        "--checkpoint-hist": 1,
-    }
     config = resolve_data_config({}, model=timm.create_model(f"local-dir:{cell.backbone}"))
-    given = [str(word) for pair in words.items() for word in pair]
-    given += ["--pretrained", "--mean", *map(str, config["mean"]), "--std", *map(str, config["std"])]
-    done = subprocess.run([sys.executable, str(script), *given], capture_output=True, text=True)
+    words = timm_script.command(
+        script,
+        data=cell.task,
+        output=folder,
+        model=cell.backbone.name,
+        classes=classes,
+        size=SIZE,
+        batch=cell.batch,
+        epochs=EPOCHS,
+        pretrained_path=cell.backbone / "model.safetensors",
+        lr=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        seed=cell.seed,
+        workers=0,
+    )
+    words += ["--pretrained", "--mean", *map(str, config["mean"]), "--std", *map(str, config["std"])]
+    done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"timm train.py failed: {done.stderr.strip().splitlines()[-1]}")
     model = timm.create_model(
-        cell.backbone.name, num_classes=classes, checkpoint_path=folder / "run/model_best.pth.tar"
+        cell.backbone.name, num_classes=classes, checkpoint_path=folder / timm_script.RUN / "model_best.pth.tar"
     )
-    with (folder / "run/summary.csv").open() as file:
-        validation = max(float(row["eval_top1"]) for row in csv.DictReader(file))
-    return validation, _top1(model, ImageFolder(cell.task / "test", _transform(config, False)))
+    return timm_script.best_validation(folder), _top1(model, ImageFolder(cell.task / "test", _transform(config, False)))
 
 
 def _transform(config: dict[str, Any], training: bool) -> Callable[..., Any]:
