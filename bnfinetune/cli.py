@@ -50,10 +50,12 @@ def train(arguments: Arguments) -> None:
         train_auto(recipe)
         return
 
+    import psutil
+
     from bnfinetune.training.launch import leave_ranks
     from bnfinetune.training.run import train as run_recipe
 
-    run_recipe(recipe)
+    run_recipe(recipe, began=psutil.Process().create_time())
     leave_ranks()
 
 

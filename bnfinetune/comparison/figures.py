@@ -32,7 +32,7 @@ def _rows(axis: Any, names: Sequence[str], label: str) -> None:
 def scores(values: Mapping[str, Sequence[float]], label: str, *, shares: bool) -> Markup:
     """One row per cell: a dot for each seed, a line at their mean."""
     names = list(values)[::-1]
-    with drawing("scores", WIDTH, 0.9 + 0.3 * len(names)) as (_, axis, out):
+    with drawing("scores", WIDTH, 0.9 + 0.3 * len(names), named=True) as (_, axis, out):
         for place, name in enumerate(names):
             seeds = values[name]
             axis.plot(seeds, [place] * len(seeds), "o", color=BLUE, alpha=0.6, markersize=5, markeredgewidth=0)
@@ -48,7 +48,7 @@ def scores(values: Mapping[str, Sequence[float]], label: str, *, shares: bool) -
 def differences(found: Mapping[str, Difference]) -> Markup:
     """How far each cell is from the winner, with its interval; those without a bound have a dot alone."""
     names = list(found)[::-1]
-    with drawing("differences", WIDTH, 0.9 + 0.3 * len(names)) as (_, axis, out):
+    with drawing("differences", WIDTH, 0.9 + 0.3 * len(names), named=True) as (_, axis, out):
         for place, name in enumerate(names):
             each = found[name]
             colour = ORANGE if each.is_behind else BLUE

@@ -167,12 +167,15 @@ class _Lab:
     def measure(self, steps: int | None, training_images: int | None) -> DriftReport:
         as_evaluated, running = self._observed()
         with recording(self.layers, keep=False):
-            as_trained, _ = self._observed()
+            as_trained, by_own = self._observed()
         with recording(self.layers) as recorders:
             batch = self._outputs(self.sample.sizes)
         batches = drain(recorders)
-        with _statistics(self.layers, as_trained):
-            self._reference = self._outputs()
+        if len(self._chunks()) == 1:
+            self._reference = by_own  # normalised by the statistics of the whole sample already
+        else:
+            with _statistics(self.layers, as_trained):
+                self._reference = self._outputs()
         reports = {
             name: _layer_report(name, layer, as_trained.of(name), as_evaluated.of(name), steps)
             for name, layer in self.layers.items()
@@ -228,15 +231,17 @@ class _Lab:
 
     def _outputs(self, sizes: Sequence[int] = (), seen: ImageRows | None = None) -> Tensor:
         """Outputs for the whole sample, in batches of these sizes or in even chunks."""
-        images = self.sample.images
-        chunks = images.split(list(sizes)) if sizes else images.tensor_split(max(len(images) // _CHUNK, 1))
         parts = []
-        for chunk in chunks:
+        for chunk in self._chunks(sizes):
             if seen is not None:
                 seen.images = len(chunk)
             parts.append(_prediction(self.forward(chunk), len(chunk)))
         self.bar.update()
         return torch.cat(parts)
+
+    def _chunks(self, sizes: Sequence[int] = ()) -> Sequence[Tensor]:
+        images = self.sample.images
+        return images.split(list(sizes)) if sizes else images.tensor_split(max(len(images) // _CHUNK, 1))
 
     def _regime(self, outputs: Tensor) -> Regime:
         labels, reference = self.sample.labels, self._reference

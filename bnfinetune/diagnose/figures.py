@@ -16,13 +16,21 @@ from bnfinetune.diagnose.drift_report import BATCH_SIZES, SOUND_NOISE, DriftRepo
 INK = "#010203"  # stands for the page's text colour
 BLUE, ORANGE, GREEN = "#4a8fd0", "#d9822b", "#4c9f70"  # legible on white and on near-black
 WIDTH = 4.8  # inches; fits a phone with legible letters
+_MARGINS = (0.7, 0.15, 0.5, 0.1)  # inches, left, right, bottom and top: room for numbers and one line of text
 _COLUMNS = 96
 _MOST_ROWS = 64
 
 
 @contextmanager
-def drawing(name: str, width: float, height: float) -> Iterator[tuple[Any, Any, list[str]]]:
-    """Lends a figure with one axis; its SVG is in the list after the block."""
+def drawing(name: str, width: float, height: float, *, named: bool = False) -> Iterator[tuple[Any, Any, list[str]]]:
+    """Lends a figure with one axis; its SVG is in the list after the block.
+
+    Args:
+        name: of the figure, one of its own on a page.
+        width: in inches.
+        height: in inches.
+        named: whether the axes bear names that need room of their own, which takes as long to find as the drawing.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -43,8 +51,12 @@ def drawing(name: str, width: float, height: float) -> Iterator[tuple[Any, Any, 
     }
     out: list[str] = []
     with mpl.rc_context(settings):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure, figure.subplots(), out
+        figure = Figure(figsize=(width, height), layout="constrained" if named else None)
+        axis = figure.subplots()
+        if not named:
+            left, right, bottom, top = _MARGINS
+            figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
+        yield figure, axis, out
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     out.append(_inline(text.getvalue(), name, width))
@@ -71,7 +83,7 @@ def heat_map(report: DriftReport) -> Markup:
         kept = {layer.name for layer in report.ranked()[:_MOST_ROWS]}
         layers = [layer for layer in layers if layer.name in kept]
     rows = [_sorted_distances(layer.mean_shift, layer.log_var_ratio) for layer in layers]
-    with drawing("heat", 8.4, 1.1 + 0.2 * len(rows)) as (figure, axis, out):
+    with drawing("heat", 8.4, 1.1 + 0.2 * len(rows), named=True) as (figure, axis, out):
         image = axis.imshow(np.array(rows), aspect="auto", cmap="cividis", vmin=0, vmax=2, interpolation="nearest")
         axis.set_yticks(range(len(layers)), [short(layer.name) for layer in layers], fontsize=8)
         axis.set_xticks([0, _COLUMNS / 2, _COLUMNS - 1], ["furthest channel", "middle", "nearest"], fontsize=8)
@@ -114,7 +126,7 @@ def regimes(report: DriftReport) -> Markup:
     kinds = {"running": report.running, "each batch's": report.batch, "re-estimated": report.reestimated}
     labelled = report.running.accuracy is not None
     values = [100 * (each.accuracy or 0.0) if labelled else each.distance for each in kinds.values()]
-    with drawing("regimes", WIDTH, 1.6) as (_, axis, out):
+    with drawing("regimes", WIDTH, 1.6, named=True) as (_, axis, out):
         bars = axis.barh(list(kinds)[::-1], values[::-1], color=[GREEN, BLUE, ORANGE])
         axis.bar_label(bars, fmt="%.1f %%" if labelled else "%.3f", padding=3, fontsize=8)
         axis.set(xlabel="accuracy, %" if labelled else "distance from re-estimated predictions")
@@ -132,7 +144,7 @@ def causes(report: DriftReport) -> Markup:
     names = list(report.stages)[::-1]
     values = [report.stages[name] for name in names]
     what = "loss" if report.running.loss is not None else "distance"
-    with drawing("causes", WIDTH, 0.9 + 0.28 * len(names)) as (_, axis, out):
+    with drawing("causes", WIDTH, 0.9 + 0.28 * len(names), named=True) as (_, axis, out):
         colours = [GREEN if value > 0 else ORANGE for value in values]
         bars = axis.barh([short(name) or "(the model)" for name in names], values, color=colours)
         axis.bar_label(bars, fmt="%+.2f", padding=3, fontsize=8)
@@ -187,7 +199,7 @@ def confusion(counts: Sequence[Sequence[int]], class_names: Sequence[str]) -> Ma
     table = np.array(counts, dtype=float)
     shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     side = min(1.6 + 0.32 * len(class_names), 9.0)
-    with drawing("confusion", side, side) as (_, axis, out):
+    with drawing("confusion", side, side, named=True) as (_, axis, out):
         axis.imshow(shares, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
         if len(class_names) <= 40:
             labels = [short(name, 20) for name in class_names]

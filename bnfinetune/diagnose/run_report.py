@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 from bnfinetune.diagnose import figures
@@ -99,13 +101,19 @@ def _numbers(story: RunStory) -> dict[str, str]:
     numbers = {SHARES[story.main]: f"{last[story.main]:.1%}"}
     images = int(last.get("images", 0))
     if images and "top1" in last:
-        from scipy.stats import binomtest  # takes a tenth of the time of all that a run imports at its start
-
-        interval = binomtest(round(last["top1"] * images), images).proportion_ci(method="wilson")
-        numbers[f"95% interval, {images:,} images"] = f"{interval.low:.1%} to {interval.high:.1%}"
+        low, high = _wilson(last["top1"], images)
+        numbers[f"95% interval, {images:,} images"] = f"{low:.1%} to {high:.1%}"
     if "macro_f1" in last:
         numbers["macro F1"] = f"{last['macro_f1']:.1%}"
     return numbers | dict(story.numbers or {})
+
+
+def _wilson(share: float, images: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927); SciPy's own is the same, and takes a second to import."""
+    z = NormalDist().inv_cdf(0.975)
+    centre, scale = share + z**2 / (2 * images), 1 + z**2 / images
+    reach = z * math.sqrt(share * (1 - share) / images + (z / (2 * images)) ** 2)
+    return max((centre - reach) / scale, 0.0), min((centre + reach) / scale, 1.0)
 
 
 def _result(story: RunStory) -> Part:

@@ -21,9 +21,10 @@ from bnfinetune.training.network.backbone import build_backbone, input_config, r
 from bnfinetune.training.network.hub import cache_if_unreachable
 from bnfinetune.training.network.norms import convert_recipe_norms, norm_config
 from bnfinetune.training.network.policies import apply_recipe_policies
-from bnfinetune.training.network.shapes import smallest_batch
+from bnfinetune.training.network.shapes import set_format, smallest_batch
 from bnfinetune.training.saving.export import save_export
 from bnfinetune.training.saving.run_folder import RunFolder
+from bnfinetune.training.stopwatch import Stopwatch
 
 
 class Assembly(NamedTuple):
@@ -58,13 +59,16 @@ class Assembly(NamedTuple):
         save_export(folder.best, network, names, self.data_config, dump_recipe(recipe), source, norms, thresholds)
 
 
-def assemble(recipe: Recipe, accelerator: Accelerator, say: Callable[[str], None]) -> Assembly:
+def assemble(
+    recipe: Recipe, accelerator: Accelerator, say: Callable[[str], None], clock: Stopwatch | None = None
+) -> Assembly:
     """Load and build all that a recipe names; nothing is written.
 
     Args:
         recipe: The recipe.
         accelerator: The device and ranks, from `start_accelerator`.
         say: Told what a change of norm layers did to the network.
+        clock: Of the run that it is for.
 
     Raises:
         BnFinetuneError: Its network or data cannot be used.
@@ -81,12 +85,13 @@ def assemble(recipe: Recipe, accelerator: Accelerator, say: Callable[[str], None
     seed_ranks(recipe.run)  # only the first rank has drawn
     restrict_training(model, recipe.model.trainable)
     data_config = input_config(model, recipe.data.image_size)
+    set_format(model, recipe.model.channels_last, data_config["input_size"], accelerator.device)
     loaders = recipe_loaders(recipe, splits, data_config, accelerator)
     convert_recipe_norms(model, recipe.model, loaders, say)
     apply_recipe_policies(model, recipe, loaders.train.batches)
     least = smallest_batch(model, data_config["input_size"], recipe.train.batch_size, loaders.train.rarest_share)
     dropped = loaders.train.drop_remainder(least)
-    trainer = Trainer(recipe, accelerator, model, loaders, len(splits.class_names))
+    trainer = Trainer(recipe, accelerator, model, loaders, len(splits.class_names), clock or Stopwatch())
     return Assembly(trainer, splits, data_config, dropped)
 
 

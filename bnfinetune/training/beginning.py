@@ -46,7 +46,7 @@ def begin(setup: Assembly, folder: RunFolder, measurer: Measurer, say: Callable[
         _go_on(trainer, folder, folder.state, record)
         say(f"resume  after update {trainer.progress.update} of {trainer.updates}, from {folder.state}")
     else:
-        record.before = measurer.measure_all(trainer.evaluated)
+        record.before = measurer.measure_start(trainer.evaluated)
     for name, metrics in record.before.items():
         say(f"before  {name} {metrics.headline}, loss {metrics.loss:.3f} ({metrics.images} images)")
     if folder.state is None:

@@ -60,7 +60,8 @@ class Pauses:
             self.evaluate()
         progress, asked = self.trainer.progress, self.trainer.asked
         if any(asked) or not progress.skipped_in_row:
-            self.save()
+            with self.trainer.clock.part("saving"):
+                self.save()
         if asked.end_by:
             name = signal.Signals(asked.end_by).name
             self.say(
@@ -70,7 +71,8 @@ class Pauses:
     def evaluate(self) -> None:
         """Measure the network, and export it if it is the best so far."""
         trainer, recipe = self.trainer, self.trainer.recipe
-        trainer.merge_statistics()
+        with trainer.clock.part("statistics"):
+            trainer.merge_statistics()
         reports = self.measurer.recalibrate("eval", trainer.networks())
         self.record.note_recalibration(reports.values(), recipe.recalibrate.data, "eval")
         network = trainer.evaluated
@@ -78,9 +80,10 @@ class Pauses:
         better = self._compare(network, metrics)
         self._note(network, metrics, better)
         self.list_unreadable()
-        if better and self.accelerator.is_main_process:
-            self.setup.export(network, self.folder, self.record.statistics, metrics.thresholds)
-        self._keep_for_average(network)
+        with self.trainer.clock.part("saving"):
+            if better and self.accelerator.is_main_process:
+                self.setup.export(network, self.folder, self.record.statistics, metrics.thresholds)
+            self._keep_for_average(network)
         self.best = metrics if better else self.best
         self._write_page(network, self.best or metrics)
 
@@ -122,7 +125,7 @@ class Pauses:
         if not (run.report and self.accelerator.is_main_process) or now - self.page_at < run.log_every:
             return
         so_far = Best(network, {"validation": metrics}, None, None, self.measurer.drift_at_start, {})
-        with in_words(f"the report in {self.folder.path}"):
+        with self.trainer.clock.part("page"), in_words(f"the report in {self.folder.path}"):
             write_page(self.setup, self.folder, self.record, so_far, self.findings)
         self.page_at = time.monotonic()
 

@@ -37,6 +37,7 @@ from bnfinetune.training.reporting.lines import LOG, Lines, shown_progress
 from bnfinetune.training.reporting.summary import environment, write_report
 from bnfinetune.training.saving.lock import RunLock
 from bnfinetune.training.saving.resume import choose_run
+from bnfinetune.training.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,19 @@ def finetune(recipe: str | Mapping[str, Any] | Recipe, /, **overrides: Any) -> R
     return train(load_recipe(recipe, overrides))
 
 
-def train(recipe: Recipe) -> RunResult:
+def train(recipe: Recipe, began: float | None = None) -> RunResult:
     """Run a complete recipe; `finetune` is the same for names and overrides.
+
+    Args:
+        recipe: The recipe.
+        began: When the process began, as `time.time` counts, where the run is all that it does.
 
     Raises:
         BnFinetuneError: As `finetune`.
         SystemExit: SIGTERM came during training, with code 143, after a state was saved.
         KeyboardInterrupt: Ctrl-C came; during training, after a state was saved.
     """
+    clock = Stopwatch(began)
     minutes = recipe.train.timeout_minutes
     check_trackers(recipe.run.tracking)
     accelerator = start_accelerator(recipe.train.mixed_precision, minutes, trains=True)
@@ -87,22 +93,24 @@ def train(recipe: Recipe) -> RunResult:
         SharedFailures(minutes),
         enough_memory(accelerator.device, setting, "lower them"),
     ):
-        return _train(recipe, accelerator, lock, say)
+        return _train(recipe, accelerator, lock, say, clock)
 
 
-def _train(recipe: Recipe, accelerator: Accelerator, lock: RunLock, say: Lines) -> RunResult:
-    folder = choose_run(recipe, accelerator, lock)
-    setup = assemble(recipe, accelerator, say)
+def _train(recipe: Recipe, accelerator: Accelerator, lock: RunLock, say: Lines, clock: Stopwatch) -> RunResult:
+    with clock.part("set_up"):
+        folder = choose_run(recipe, accelerator, lock)
+        setup = assemble(recipe, accelerator, say, clock)
     trainer = setup.trainer
     seed_ranks(recipe.run, accelerator.process_index)
     with closing(trainer.loaders):
-        findings = judge(trainer)
-        for line in (*folder.notes, *launcher_notes(recipe), *headline(setup), *checked(findings)):
-            say(line)
-        on_main(accelerator, lambda: folder.create(dump_recipe(recipe), environment(accelerator), lock))
-        start_trackers(accelerator, recipe, folder.path)
+        with clock.part("set_up"):
+            findings = judge(trainer)
+            for line in (*folder.notes, *launcher_notes(recipe), *headline(setup), *checked(findings)):
+                say(line)
+            on_main(accelerator, lambda: folder.create(dump_recipe(recipe), environment(accelerator), lock))
+            start_trackers(accelerator, recipe, folder.path)
 
-        measurer = Measurer(recipe, accelerator, trainer.loaders, trainer.evaluated, trainer.num_classes)
+        measurer = Measurer(trainer)
         record = begin(setup, folder, measurer, say)
         say.write_to(folder.path / LOG)  # not before: a state that is refused leaves its run as it was
         with (

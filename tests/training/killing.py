@@ -137,7 +137,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     """All that a finished run left behind and that no clock has a part in, by name."""
     found: dict[str, Any] = {"metrics.jsonl": (folder / "metrics.jsonl").read_text()}
     summary = json.loads((folder / "summary.json").read_text())
-    for timed in ("seconds", "data_wait", "images_per_second", "peak_memory_bytes"):
+    for timed in ("seconds", "data_wait", "time", "images_per_second", "peak_memory_bytes"):
         del summary[timed]
     found["summary.json"] = summary
     found["states"] = sorted(path.name for path in (folder / "checkpoints").iterdir())

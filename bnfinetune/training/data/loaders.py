@@ -177,6 +177,12 @@ class EvalLoader(ImageLoader):
         """Images of shape `(B, C, H, W)`, labels of shape `(B,)` or `(B, classes)`, and indices of shape `(B,)`."""
         return batch.images, batch.labels, batch.indices
 
+    def labels(self) -> Iterator[Tensor]:
+        """The labels of each batch, without its images; not of a stream, which must be read for them."""
+        reader: Any = self.dataset
+        for picks in self.batch_sampler:
+            yield torch.from_numpy(reader.labels[[pick.number for pick in picks]])
+
 
 @dataclass(frozen=True)
 class Loaders:

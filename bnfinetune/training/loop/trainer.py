@@ -36,6 +36,7 @@ from bnfinetune.training.loop.requests import Asked, Requests, end_by
 from bnfinetune.training.measuring.recalibrate import recalibrate
 from bnfinetune.training.network.optim import build_optimizer, build_schedule, count_steps, regroup
 from bnfinetune.training.network.shapes import input_format
+from bnfinetune.training.stopwatch import Stopwatch
 
 # torch 2.15 renamed DDP's switch
 _DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
@@ -64,6 +65,7 @@ class Trainer:
     model: nn.Module
     loaders: Loaders
     num_classes: int
+    clock: Stopwatch = field(default_factory=Stopwatch)
     progress: Progress = field(default_factory=Progress)
     losses: list[tuple[float, int]] = field(default_factory=list)  # mean and images of updates since an evaluation
 
@@ -75,7 +77,7 @@ class Trainer:
         self.updates = total_updates(self.recipe, self.loaders.train.batches)
         self.domains = self.recipe.domains
         self.phases = planned_phases(self.recipe, self.updates, self.updates_per_epoch)
-        self.optimizer = build_optimizer(self.model, self.recipe.optim)
+        self.optimizer = build_optimizer(self.model, self.recipe.optim, scaled=self.is_scaled)
         self.stepper = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
         self.steps_made = 0
         count_steps(self.optimizer, self._note_step)
@@ -104,6 +106,11 @@ class Trainer:
         self.forward = self._wrap()
 
     @property
+    def is_scaled(self) -> bool:
+        """Whether a scaler of mixed precision looks at the gradient itself, and decides on each step."""
+        return self.accelerator.scaler is not None
+
+    @property
     def updates_per_epoch(self) -> int | None:
         """Optimizer updates per epoch; None for a stream."""
         batches = self.loaders.train.batches
@@ -128,18 +135,18 @@ class Trainer:
         2021, section 3).
         """
         if phase.freeze:
-            self.merge_statistics()
             chosen = phase.section
-            recalibrate(
-                self.model, self.loaders, self.recipe, self.accelerator, layers=chosen.layers, exclude=chosen.exclude
-            )
+            with self.clock.part("statistics"):
+                self.merge_statistics()
+                selection = {"layers": chosen.layers, "exclude": chosen.exclude}
+                recalibrate(self.model, self.loaders, self.recipe, self.accelerator, **selection)
         phase.apply(self.model)
         self.folding.refresh()
         self._follow_policies()
 
     def _follow_policies(self) -> None:
         """Let the optimizer and the wrapper of several ranks go by what trains now."""
-        regroup(self.optimizer, self.model, self.recipe.optim)
+        regroup(self.optimizer, self.model, self.recipe.optim, scaled=self.is_scaled)
         del self.forward  # DDP's hooks go with it, before a new one sets its own
         gc.collect()
         self._set_up_step()
@@ -222,7 +229,8 @@ class Trainer:
         self.forward.train()
         loader.set_position(self.progress.epoch, self.progress.batch)
         for group, ends_epoch in self._groups(loader):
-            self._update(group)
+            with self.clock.part("step"):
+                self._update(group)
             if ends_epoch:
                 self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
             self._enter_phases()
@@ -258,7 +266,8 @@ class Trainer:
 
     def _fetch(self, batches: Iterator[Batch]) -> Batch | None:
         begin = time.perf_counter()
-        batch = next(batches, None)
+        with self.clock.part("data_wait" if self.steps_made else "first_batch"):
+            batch = next(batches, None)
         self.progress.waiting += time.perf_counter() - begin
         return batch
 
@@ -269,11 +278,10 @@ class Trainer:
         self.guard.begin()
         images = self.gradients.count(group)
         loss = self.gradients.compute(self.forward, group, images, self._on_device, self._loss)
-        scaled = self.accelerator.scaler is not None  # which looks at the gradient itself
-        norm = None if scaled else self._clip()
+        norm = None if self.is_scaled else self._clip()
         value, good, self.asked = self.guard.judge(loss, norm, self.requests.pending)
         if good:
-            if scaled and self.recipe.optim.clip_grad is not None:
+            if self.is_scaled and self.recipe.optim.clip_grad is not None:
                 self._clip()  # unscales, and a step must follow that
             good = self._step()
         self.stepper.zero_grad()

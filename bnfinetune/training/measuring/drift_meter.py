@@ -17,8 +17,10 @@ from bnfinetune.diagnose.layer_drift import Stored, moved, stored_of
 from bnfinetune.training.data.loaders import Loaders
 from bnfinetune.training.data.reading import Failure
 
-SAMPLE = 64
-"""Images that are measured; drift is freed of the noise of so few."""
+LEAST, MOST = 16, 64
+"""Images that the whole measurement at the end takes; drift is freed of the noise of so few."""
+
+_SHARE = 32  # images that are trained on for each that is measured, so that a short run does not wait for its report
 
 
 class DriftMeter:
@@ -35,15 +37,18 @@ class DriftMeter:
         loaders: whose training images are sampled.
         accelerator: for device, precision and rank; only rank 0 measures.
         domain: number of the domain whose images are measured; None where there are no domains.
+        trained: images that the run will train on, of all epochs; fewer are measured of a short run.
     """
 
-    def __init__(self, network: nn.Module, loaders: Loaders, accelerator: Accelerator, domain: int | None) -> None:
+    def __init__(
+        self, network: nn.Module, loaders: Loaders, accelerator: Accelerator, domain: int | None, trained: int
+    ) -> None:
         self._accelerator = accelerator
         self._start: Mapping[str, Stored] = {}
         self._images = torch.empty(0)
         if accelerator.is_main_process and any(is_bn_layer(module) for module in network.modules()):
             self._start = stored_of(find_bn_layers(network))
-            self._images = _sample(loaders, domain)
+            self._images = _sample(loaders, domain, min(max(trained // _SHARE, LEAST), MOST))
         self.start = self.read(network)
 
     @property
@@ -52,7 +57,7 @@ class DriftMeter:
         return not self._start or len(self._images) < 2
 
     def read(self, network: nn.Module) -> dict[str, float]:
-        """Drift and movement of the worst layer, in standard deviations.
+        """Drift and movement of the worst layer, in standard deviations, by the first 16 images of the sample.
 
         Returns:
             `bn_drift`: distance of the stored statistics from those of the sample, see `LayerReport.drift`;
@@ -61,7 +66,7 @@ class DriftMeter:
         if self.idle:
             return {}
         with self._accelerator.autocast():
-            drifts = layer_drifts(network, self._images)
+            drifts = layer_drifts(network, self._images[:LEAST])
         layers = find_bn_layers(network)
         values = {
             "bn_drift": max((drift.drift for drift in drifts.values()), default=math.nan),
@@ -78,12 +83,12 @@ class DriftMeter:
             return inspect_bn(network, [batch for batch in batches if len(batch) > 1] or batches, causes=0)
 
 
-def _sample(loaders: Loaders, domain: int | None) -> Tensor:
+def _sample(loaders: Loaders, domain: int | None, images: int) -> Tensor:
     """Some training images as evaluation sees them, read in this process so that no worker need start."""
     loader: Any = loaders.stats
-    picks = next(iter(loader.batch_sampler))[:SAMPLE]
+    picks = next(iter(loader.batch_sampler))[:images]
     batch = loader.dataset.__getitems__(picks)
     if isinstance(batch, Failure):  # what needs these images will say so, on all ranks alike
         return torch.empty(0)
-    images: Tensor = loader.finish(batch.images)
-    return images if domain is None or batch.domains is None else images[batch.domains == domain]
+    found: Tensor = loader.finish(batch.images)
+    return found if domain is None or batch.domains is None else found[batch.domains == domain]

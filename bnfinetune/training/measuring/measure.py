@@ -24,7 +24,7 @@ from bnfinetune.recipe_files import load_recipe, override_keys
 from bnfinetune.source_paths import check_checkpoint
 from bnfinetune.training.data.from_recipe import recipe_loaders, recipe_splits
 from bnfinetune.training.data.levels import Levels
-from bnfinetune.training.data.loaders import ImageLoader
+from bnfinetune.training.data.loaders import EvalLoader, ImageLoader
 from bnfinetune.training.data.splits import ImageSplits, Network
 from bnfinetune.training.failures import SharedFailures
 from bnfinetune.training.launch import TIMEOUT_MINUTES, on_main, start_accelerator
@@ -61,6 +61,15 @@ def measure(
     tally.merge()
     for watcher in watchers:
         watcher.merge()
+    return tally.metrics()
+
+
+def measure_zeros(loader: EvalLoader, tally: Tally | LabelTally, num_classes: int) -> Metrics:
+    """Metrics over `loader` of a network that gives every class the score 0, for which no image need be read."""
+    for labels in loader.labels():
+        labels = labels.to(loader.device)
+        tally.add(torch.zeros(len(labels), num_classes, device=loader.device), labels)
+    tally.merge()
     return tally.metrics()
 
 

@@ -6,56 +6,56 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from accelerate import Accelerator
 from torch import nn
 
 from bnfinetune.bn.statistics.report import PreciseBNReport
 from bnfinetune.diagnose.drift_report import DriftReport
-from bnfinetune.recipe import Recipe
-from bnfinetune.training.data.loaders import EvalLoader, Loaders
-from bnfinetune.training.launch import on_main
+from bnfinetune.training.data.loaders import EvalLoader
+from bnfinetune.training.launch import GlobalBatch, on_main
 from bnfinetune.training.loop.memory import enough_memory
+from bnfinetune.training.loop.trainer import Trainer
 from bnfinetune.training.measuring.drift_meter import DriftMeter
-from bnfinetune.training.measuring.measure import adapted, measure
-from bnfinetune.training.measuring.metrics import Metrics, new_tally
+from bnfinetune.training.measuring.measure import adapted, measure, measure_zeros
+from bnfinetune.training.measuring.metrics import LabelTally, Metrics, Tally, new_tally
 from bnfinetune.training.measuring.mistakes import Mistakes
 from bnfinetune.training.measuring.outcomes import Outcomes
 from bnfinetune.training.measuring.recalibrate import recalibrate
+from bnfinetune.training.network.head import is_head_zero
 
 
 class Measurer:
     """Measures the networks of a run.
 
     Args:
-        recipe: How to adapt and when to compute statistics anew.
-        accelerator: Device, precision and ranks.
-        loaders: The images.
-        network: As the run starts, before any statistic of it is computed anew.
-        num_classes: Its outputs.
+        trainer: Of the run, as it starts, before any statistic of its network is computed anew.
     """
 
-    def __init__(
-        self, recipe: Recipe, accelerator: Accelerator, loaders: Loaders, network: nn.Module, num_classes: int
-    ) -> None:
-        self.recipe, self.accelerator, self.loaders, self.num_classes = recipe, accelerator, loaders, num_classes
-        followed = network if recipe.run.report else nn.Identity()
-        self._meter = DriftMeter(followed, loaders, accelerator, recipe.evaluated_domain_number)
+    def __init__(self, trainer: Trainer) -> None:
+        recipe, self.accelerator, self.loaders = trainer.recipe, trainer.accelerator, trainer.loaders
+        self.recipe, self.num_classes, self._clock = recipe, trainer.num_classes, trainer.clock
+        followed = trainer.evaluated if recipe.run.report else nn.Identity()
+        trained = trainer.updates * GlobalBatch.of(recipe, self.accelerator.num_processes).size
+        with self._clock.part("statistics"):
+            self._meter = DriftMeter(followed, self.loaders, self.accelerator, recipe.evaluated_domain_number, trained)
         self.drift_at_start = self._meter.start
 
     def measure(
         self, network: nn.Module, loader: EvalLoader, *watchers: Mistakes | Outcomes, **counted: Any
     ) -> Metrics:
         """Metrics over the images of a loader, each seen by `watchers`; `counted` goes to `new_tally`."""
-        options = {"confusion": False, "multilabel": self.recipe.is_multilabel, **counted}
-        tally = new_tally(self.num_classes, self.accelerator.device, **options)
-        with self._enough_memory():
-            return measure(network, loader, tally, self.accelerator, *watchers)
+        with self._clock.part("evaluation"), self._enough_memory():
+            return measure(network, loader, self._tally(**counted), self.accelerator, *watchers)
 
-    def measure_all(self, network: nn.Module) -> dict[str, Metrics]:
-        """Metrics by split."""
+    def measure_start(self, network: nn.Module) -> dict[str, Metrics]:
+        """Metrics by split, as a run starts; those of a head of zeros follow from the labels alone."""
+        unread = is_head_zero(network) and self.recipe.data.on_error != "skip" and not self.recipe.data.streaming
         found: dict[str, Metrics] = {}
         for name, loader in self.loaders.measured.items():
-            found[name] = self.measure(network, loader, thresholds=_chosen(found))
+            cuts = _chosen(found)
+            if unread:
+                found[name] = measure_zeros(loader, self._tally(thresholds=cuts), self.num_classes)
+            else:
+                found[name] = self.measure(network, loader, thresholds=cuts)
         return found
 
     def measure_final(
@@ -79,7 +79,7 @@ class Measurer:
         """Compute statistics anew if the recipe asks for it at this moment; what came of it, by network."""
         if moment not in self.recipe.recalibrate.at:
             return {}
-        with self._enough_memory():
+        with self._clock.part("statistics"), self._enough_memory():
             return {
                 name: recalibrate(
                     network,
@@ -94,11 +94,17 @@ class Measurer:
 
     def read_drift(self, network: nn.Module) -> dict[str, float]:
         """How far the statistics of a network are from the images' own and have moved; see `DriftMeter.read`."""
-        return on_main(self.accelerator, lambda: self._meter.read(network))
+        with self._clock.part("statistics"):
+            return on_main(self.accelerator, lambda: self._meter.read(network))
 
     def report_drift(self, network: nn.Module) -> DriftReport | None:
         """The whole measurement of statistics, on rank 0."""
-        return self._meter.report(network, self.recipe.train.batch_size)
+        with self._clock.part("statistics"):
+            return self._meter.report(network, self.recipe.train.batch_size)
+
+    def _tally(self, **counted: Any) -> Tally | LabelTally:
+        options = {"confusion": False, "multilabel": self.recipe.is_multilabel, **counted}
+        return new_tally(self.num_classes, self.accelerator.device, **options)
 
     def _enough_memory(self) -> AbstractContextManager[None]:
         setting = f"evaluate.batch_size={self.recipe.evaluate.batch_size} per process"

@@ -62,8 +62,6 @@ def build_backbone(section: Model, class_names: Sequence[str]) -> nn.Module:
             reset_head(model)
     if section.grad_checkpointing:
         _checkpoint_gradients(model, section.name)
-    if section.channels_last:
-        model = model.to(memory_format=torch.channels_last)
     return model
 
 

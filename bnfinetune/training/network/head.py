@@ -33,6 +33,12 @@ def head_parameters(model: Any) -> set[int]:
     return {id(p) for module in modules for p in module.parameters()}
 
 
+def is_head_zero(model: nn.Module) -> bool:
+    """Whether every layer that gives scores is zero, so that all classes score 0 whatever the image."""
+    parameters = [parameter for layer in classifier_layers(model).values() for parameter in layer.parameters()]
+    return bool(parameters) and not any(bool(parameter.any()) for parameter in parameters)
+
+
 def reset_head(model: nn.Module, num_classes: int | None = None) -> nn.Module:
     """Start a timm network's classifier anew, at zeros: the first loss is ln C, whatever the features are.
 

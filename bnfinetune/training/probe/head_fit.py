@@ -21,7 +21,6 @@ from typing import Any, Final, NamedTuple, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -137,6 +136,8 @@ def _held_out_losses(features: Tensor, targets: Tensor, num_classes: int, seed: 
 
 def _path(features: Tensor, targets: Tensor, num_classes: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield weight (classes, F) and bias (classes,) by strength; each fit starts from the one before it."""
+    from scipy.optimize import minimize  # takes half a second, of which most runs have no use
+
     count, width = features.shape
 
     def objective(flat: NDArray[np.float64], strength: float) -> tuple[float, NDArray[np.float64]]:

@@ -65,6 +65,7 @@ def _settings(trainer: Trainer) -> dict[str, str]:
         "updates": f"{progress.update} in {progress.epoch} epochs, batches of {batch}",
         "optimizer": f"{optim.name}, learning rate {optim.lr:g} ({optim.schedule.name}), decay {optim.weight_decay:g}",
         "time": f"{progress.time:,.1f} s in updates, {rate}",
+        "whole run": str(trainer.clock),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {threads}",
         "precision": {"no": "float32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision),
         "seed": str(recipe.run.seed),

@@ -49,13 +49,15 @@ def write_report(
     """Write `summary.json` and, where `run.report` asks for it, the page of a finished run, and say what came of it."""
     if not setup.trainer.accelerator.is_main_process:
         return
-    numbers = summary(setup, record, best)
+    clock = setup.trainer.clock
     loaders = setup.trainer.loaders.measured
     write_outcomes(folder.path, {name: each.columns(loaders[name].dataset) for name, each in best.outcomes.items()})
     with in_words(f"the report in {folder.path}"):
-        write_json(folder.path / SUMMARY, numbers)
         if best.mistakes is not None:
-            write_page(setup, folder, record, best, findings)
+            with clock.part("page"):
+                write_page(setup, folder, record, best, findings)
+        numbers = summary(setup, record, best)
+        write_json(folder.path / SUMMARY, numbers)
     moments = {"before": record.before, "after": best.after}
     rows = {f"{split} {when}": measured[split] for split in best.after for when, measured in moments.items()}
     say(as_text(metrics_table(rows)))
@@ -63,6 +65,7 @@ def write_report(
         say(f"{len(record.unreadable)} unreadable images were left out: {folder.path / UNREADABLE}")
     if numbers["images"]:
         say(f"trained in {numbers['seconds']:,.1f} s, {numbers['images_per_second']:,.0f} images/s")
+    say(f"in all {clock}")
     say(f"best network of {record.best_of(numbers['best_update'])}: {folder.best}")
     if best.mistakes is not None:
         say(f"a page to look at: {folder.path / 'report.html'}")
@@ -72,7 +75,8 @@ def summary(setup: Assembly, record: Record, best: Best) -> dict[str, Any]:
     """A finished run in numbers.
 
     `seconds` count the updates with their wait for data, without evaluations; `data_wait` is the share of it spent
-    waiting; `images_per_second` is over all ranks, `peak_memory_bytes` of rank 0.
+    waiting; `time` is where all of the time since the last start has gone, by part of the run, on rank 0;
+    `images_per_second` is over all ranks, `peak_memory_bytes` of rank 0.
     """
     trainer, progress = setup.trainer, setup.trainer.progress
     last = list(best.after)[-1]
@@ -91,6 +95,7 @@ def summary(setup: Assembly, record: Record, best: Best) -> dict[str, Any]:
         "images": progress.images,
         "seconds": round(progress.time, 3),
         "data_wait": round(progress.waiting / progress.time, 4) if progress.time else 0.0,
+        "time": trainer.clock.read(),
         "images_per_second": round(progress.rate, 1),
         "peak_memory_bytes": peak_memory_bytes(trainer.accelerator.device),
     }

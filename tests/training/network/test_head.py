@@ -15,8 +15,9 @@ from torch import nn
 import bnfinetune as bnf
 from bnfinetune.errors import BackboneError
 from bnfinetune.recipe import Model
+from bnfinetune.training.measuring import measurer
 from bnfinetune.training.network.backbone import build_backbone
-from bnfinetune.training.network.head import classifier_layers, head_parameters
+from bnfinetune.training.network.head import classifier_layers, head_parameters, is_head_zero
 from tests.bn.folding.test_fold_families import FAMILIES, QUICK
 from tests.training.support import write_images
 from tests.training.test_multilabel import settings, write_labelled
@@ -66,6 +67,8 @@ def check(name: str, folder) -> None:
                 bnf.reset_head(model, classes)
             scores = model.forward_head(features)
             assert scores.shape == (2, classes)
+            assert is_head_zero(model)
+            assert not scores.any()  # so that a run need not measure it
             labels = torch.tensor([0, classes - 1])
             loss = F.cross_entropy(scores, labels)
             assert loss.item() == pytest.approx(math.log(classes), rel=0.05), (way, classes)
@@ -148,8 +151,22 @@ def test_a_short_configuration_is_filled_up_from_the_architecture(tmp_path):
     assert not model.fc.weight.any()
 
 
-def test_runs_begin_there(tmp_path):
+def test_runs_begin_there_and_need_no_image_to_know_it(tmp_path, monkeypatch):
     sets = {"multiclass": write_images(tmp_path / "images"), "multilabel": write_labelled(tmp_path / "labels", SPLITS)}
     for task, chance in (("multiclass", math.log(3)), ("multilabel", math.log(2))):
-        result = bnf.finetune("full", **settings(sets[task], tmp_path / task, **{"data.task": task, "train.steps": 0}))
-        assert result.before["validation"].loss == pytest.approx(chance, rel=0.05)
+        known = bnf.finetune("full", **settings(sets[task], tmp_path / task, **{"data.task": task, "train.steps": 0}))
+        assert known.before["validation"].loss == pytest.approx(chance, rel=1e-6)
+        with monkeypatch.context() as patch:
+            patch.setattr(measurer, "is_head_zero", lambda _: False)
+            more = {"data.task": task, "train.steps": 0}
+            measured = bnf.finetune("full", **settings(sets[task], tmp_path / f"{task}-measured", **more))
+        assert known.before == measured.before
+
+
+def test_a_head_is_zero_only_as_a_whole():
+    model = timm.create_model("test_resnet", num_classes=3)
+    assert not is_head_zero(model)
+    assert is_head_zero(bnf.reset_head(model))
+    model.fc.bias.data[1] = 1e-9
+    assert not is_head_zero(model)
+    assert not is_head_zero(torch.nn.Linear(2, 2))  # of which timm does not say what gives the scores

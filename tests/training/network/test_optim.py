@@ -110,6 +110,21 @@ def test_an_unknown_optimizer_names_the_nearest():
         build_optimizer(nn.Linear(2, 2), Optim(kwargs={"no_such": 1}))
 
 
+@pytest.mark.parametrize(
+    ("optim", "fused"),
+    [
+        (Optim(name="adamw"), True),
+        (Optim(name="sgd"), True),
+        (Optim(name="lookahead_adam"), True),
+        (Optim(name="adamw", kwargs={"foreach": True}), None),
+        (Optim(name="lamb"), None),
+    ],
+)
+def test_steps_are_one_kernel_where_torch_has_one(optim, fused):
+    assert build_optimizer(nn.Linear(2, 2), optim).param_groups[0].get("fused") is fused
+    assert not build_optimizer(nn.Linear(2, 2), optim, scaled=True).param_groups[0].get("fused")
+
+
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant", "step", "multistep", "tanh", "poly"])
 def test_schedules_count_updates_warm_up_and_end_where_they_should(name):
     optimizer = build_optimizer(nn.Linear(2, 2), Optim(name="sgd", lr=1.0))

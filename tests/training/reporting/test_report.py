@@ -111,7 +111,7 @@ def test_drift_and_movement_are_recorded_at_each_evaluation(run):
     records = run.history
     assert all(record["bn_drift"] > 0 and record["bn_moved"] > 0 for record in records)
     numbers = json.loads((run.folder / "report.json").read_text())["bn"]
-    assert numbers["images"] == 18
+    assert numbers["images"] == 16
     assert numbers["drift"] == max(layer["drift"] for layer in numbers["layers"].values())
 
 
@@ -132,34 +132,35 @@ class Planted:
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
 def test_the_meter_reads_what_was_planted(name):
     torch.manual_seed(0)
-    sample = torch.randn(24, 3, 32, 32)
+    sample = torch.randn(16, 3, 32, 32)
     model = timm.create_model(name, num_classes=3)
     bnf.precise_bn(model, [sample])
     layers = bnf.find_bn_layers(model)
-    meter = DriftMeter(model, Planted(sample), Accelerator(cpu=True), None)
+    meter = DriftMeter(model, Planted(sample), Accelerator(cpu=True), None, 10_000)
     assert meter.start == {"bn_drift": pytest.approx(0, abs=1e-3), "bn_moved": 0}
     before = {key: value.clone() for key, value in model.state_dict().items()}
     chosen = list(layers)[len(layers) // 2]
     layers[chosen].running_mean += 2 * (layers[chosen].running_var + layers[chosen].eps).sqrt()
     read = meter.read(model)
     assert read["bn_moved"] == pytest.approx(2, rel=1e-4)
-    assert read["bn_drift"] == pytest.approx(2, rel=0.05)  # less the sampling noise of 24 images
+    assert read["bn_drift"] == pytest.approx(2, rel=0.05)  # less the sampling noise of 16 images
     layers[chosen].running_mean.copy_(before[f"{chosen}.running_mean"])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_the_meter_ignores_what_is_not_finite_and_networks_without_statistics():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    meter = DriftMeter(model, Planted(torch.randn(4, 3, 8, 8)), Accelerator(cpu=True), None)
+    meter = DriftMeter(model, Planted(torch.randn(4, 3, 8, 8)), Accelerator(cpu=True), None, 10_000)
     model[1].running_mean.fill_(float("nan"))
     assert meter.read(model) == {}
-    assert DriftMeter(nn.Linear(2, 2), Planted(torch.randn(4, 2)), Accelerator(cpu=True), None).read(model) == {}
+    loaders = Planted(torch.randn(4, 2))
+    assert DriftMeter(nn.Linear(2, 2), loaders, Accelerator(cpu=True), None, 10_000).read(model) == {}
 
 
 def test_unreadable_images_stop_whoever_needs_them_and_not_the_meter():
     model, loaders = nn.Sequential(nn.BatchNorm2d(3)), Planted(torch.randn(4, 3, 8, 8))
     loaders.__class__ = type("Broken", (Planted,), {"__getitems__": lambda *_: Failure("it is not an image")})
-    assert DriftMeter(model, loaders, Accelerator(cpu=True), None).read(model) == {}
+    assert DriftMeter(model, loaders, Accelerator(cpu=True), None, 10_000).read(model) == {}
 
 
 def test_the_worst_mistakes_are_kept_over_batches_and_ranks():
