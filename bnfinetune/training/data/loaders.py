@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_all_start_methods, get_start_method
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
@@ -179,8 +179,8 @@ class EvalLoader(ImageLoader):
 
     def labels(self) -> Iterator[Tensor]:
         """The labels of each batch, without its images; not of a stream, which must be read for them."""
-        reader: Any = self.dataset
-        for picks in self.batch_sampler:
+        reader, sampler = cast(Any, self.dataset), cast(Any, self.batch_sampler)
+        for picks in sampler:
             yield torch.from_numpy(reader.labels[[pick.number for pick in picks]])
 
 

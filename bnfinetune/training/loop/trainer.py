@@ -138,7 +138,7 @@ class Trainer:
             chosen = phase.section
             with self.clock.part("statistics"):
                 self.merge_statistics()
-                selection = {"layers": chosen.layers, "exclude": chosen.exclude}
+                selection: dict[str, Any] = {"layers": chosen.layers, "exclude": chosen.exclude}
                 recalibrate(self.model, self.loaders, self.recipe, self.accelerator, **selection)
         phase.apply(self.model)
         self.folding.refresh()

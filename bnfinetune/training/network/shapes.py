@@ -40,7 +40,7 @@ def set_format(
     if channels_last == "auto":
         channels_last = device.type == "cpu" and min(input_size[1:]) >= _WORTHWHILE_SIDE
     if channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
 
 
 def normalised_shapes(

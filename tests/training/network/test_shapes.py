@@ -14,7 +14,7 @@ LAST, FIRST = torch.channels_last, torch.contiguous_format
     ("asked", "side", "device", "expected"),
     [
         ("auto", 128, "cpu", LAST),
-        ("auto", 64, "cpu", FIRST),
+        ("auto", 95, "cpu", FIRST),
         ("auto", 128, "cuda", FIRST),
         (True, 64, "cuda", LAST),
         (False, 128, "cpu", FIRST),
