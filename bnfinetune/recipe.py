@@ -181,7 +181,7 @@ class Data(Section):
     )
     workers: Annotated[int, Field(ge=0)] | None = Field(
         default=None,
-        description="loader processes per rank; null: 0 for the demo, else one per core of the rank, up to 4",
+        description="loader processes per rank; null: 0 for the demo, else one per core of the rank, up to 16",
     )
     on_error: Literal["raise", "skip"] = Field(
         default="raise", description="what an unreadable image does: stop the run, or be left out and listed"
@@ -193,6 +193,11 @@ class Data(Section):
         default=True,
         description="decode JPEGs for training at 1/2, 1/4 or 1/8 of their size where no random crop is then smaller "
         "than the model's input; evaluation reads every pixel",
+    )
+    decoded_cache: Annotated[int, Field(ge=0)] = Field(
+        default=1024,
+        description="MiB of decoded images that the ranks of a machine keep in temporary folders while they run, of a "
+        "set that fits, so that each file is decoded once; 0: none",
     )
     augment: Augment = Field(default_factory=Augment)
 

@@ -21,6 +21,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDat
 from bnfinetune.errors import DataError
 from bnfinetune.recipe import Data
 from bnfinetune.source_paths import DEMOS
+from bnfinetune.training.data.decoded import DecodedImages
 from bnfinetune.training.data.hints import first_line, listed
 from bnfinetune.training.data.labels import column_values
 from bnfinetune.training.data.reading import Batch, Failure, ImageReader
@@ -30,9 +31,7 @@ from bnfinetune.training.data.splits import ImageSplits
 from bnfinetune.training.data.streams import StreamSampler
 from bnfinetune.training.data.transforms import Transform, Transforms
 
-MAX_WORKERS: Final = 4
-"""Loader processes per rank where the recipe does not say."""
-
+_MOST_WORKERS: Final = 16  # each of them takes memory, and so many feed any one device
 _STATISTICS = 5  # stream of random draws
 
 
@@ -264,6 +263,7 @@ def build_loaders(
         process={"workers": workers, "device": torch.device(device)},
         ranks={"rank": rank, "world_size": world_size},
         domains=_domain_numbers(splits, domains),
+        decoded=DecodedImages(data.decoded_cache * 2**20 // _local_ranks(world_size)),
     )
     train_order, clean_order, augmented_order = kit.train_orders(batch_size, eval_batch_size, seed)
     return Loaders(
@@ -292,8 +292,11 @@ class _Kit:
     process: dict[str, Any]
     ranks: dict[str, Any]
     domains: NDArray[np.int64] | None
+    decoded: DecodedImages
 
     def reader(self, role: str, split: Any, transform: Transform, **options: Any) -> ImageReader:
+        streamed = isinstance(split, IterableDataset)
+        kind = "drawn" if options.get("seed") is None else "decoded"
         return ImageReader(
             split,
             (self.splits.image_column, self.splits.label_column),
@@ -301,8 +304,8 @@ class _Kit:
             where=f"split {self.splits.names[role]!r} of {self.splits.source}",
             max_pixels=self.data.max_pixels,
             skip=self.data.on_error == "skip",
-            in_memory=self.process["workers"] == 0,
             levels=self.splits.levels,
+            decoded=None if streamed else self.decoded.shelf(f"{role}-{kind}", len(split)),
             **options,
         )
 
@@ -355,11 +358,15 @@ def _domain_numbers(splits: ImageSplits, domains: Sequence[str]) -> NDArray[np.i
 
 
 def default_workers(data: Data, world_size: int) -> int:
-    """Loader processes per rank: none for the demo's tiny images, else one per core of the rank, up to 4."""
+    """Loader processes per rank: none for the demo's tiny images, else one per core of the rank, up to 16."""
     if data.source in DEMOS:
         return 0
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return min(MAX_WORKERS, _cores() // ranks)
+    return min(_MOST_WORKERS, _cores() // _local_ranks(world_size))
+
+
+def _local_ranks(world_size: int) -> int:
+    """Ranks of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
 def _cores() -> int:

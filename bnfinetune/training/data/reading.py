@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, TypeVar, cast
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bnfinetune.errors import DataError
+from bnfinetune.training.data.decoded import Shelf
 from bnfinetune.training.data.images import open_image
 from bnfinetune.training.data.labels import column_numbers, is_list
 from bnfinetune.training.data.levels import Levels
@@ -24,11 +25,8 @@ from bnfinetune.training.data.sampling import Pick
 from bnfinetune.training.data.seeding import derive_seed, preserved_draws, seed_draws
 from bnfinetune.training.data.transforms import Transform
 
-_MEMORY_BYTES: Final = 256 * 2**20
 _STAND_INS: Final = 16  # neighbours that are tried in place of an unreadable training image
 _ERASING = 6  # stream of random draws
-
-T = TypeVar("T", Image.Image, NDArray[np.uint8])
 
 
 class Batch(NamedTuple):
@@ -65,7 +63,7 @@ class ImageReader(Dataset[Any]):
             deterministic.
         skip: Leave unreadable images out instead of failing. In training, a neighbour stands in for each, so that
             batches keep their size; elsewhere the batch is smaller.
-        in_memory: Keep what is decoded if the split fits into 256 MiB.
+        decoded: Where images are kept once they are decoded or, if `transform` is deterministic, drawn.
         domains: Domain number of each image, of shape `(rows,)`, or None.
         levels: Values of 16-bit and float images that become 0 and 255.
     """
@@ -80,7 +78,7 @@ class ImageReader(Dataset[Any]):
         max_pixels: int,
         seed: int | None = None,
         skip: bool = False,
-        in_memory: bool = False,
+        decoded: Shelf | None = None,
         domains: NDArray[np.int64] | None = None,
         levels: Levels | None = None,
     ) -> None:
@@ -91,7 +89,7 @@ class ImageReader(Dataset[Any]):
         self.classes = len(feature.feature.names) if is_list(feature) else None  # of an image of any number of them
         self.transform, self.where, self.max_pixels, self.seed, self.skip = transform, where, max_pixels, seed, skip
         self.domains, self.levels = domains, levels
-        self.memory = _Memory(len(split) if in_memory and self.split is not None else 0)
+        self.decoded = None if self.split is None else decoded
 
     def __getitems__(self, picks: list[Pick]) -> Batch | Failure:
         """The batch that a sampler picked; torch's loader calls this once per batch."""
@@ -149,10 +147,13 @@ class ImageReader(Dataset[Any]):
 
     def _draw(self, pick: Pick) -> NDArray[np.uint8]:
         if self.seed is None:
-            return self.memory.get(pick.number, lambda: self.transform.draw(self._open(pick)))
-        image = self.memory.get(pick.number, lambda: self._open(pick))
+            return self._kept(pick, lambda: self.transform.draw(self._open(pick)))
+        image = self._kept(pick, lambda: np.asarray(self._open(pick)))
         seed_draws(derive_seed(self.seed, pick.epoch, pick.number))
-        return self.transform.draw(image)
+        return self.transform.draw(Image.fromarray(image))
+
+    def _kept(self, pick: Pick, make: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        return make() if self.decoded is None else self.decoded.get(pick.number, make)
 
     def _open(self, pick: Pick) -> Image.Image:
         if self.split is None:
@@ -171,25 +172,3 @@ class ImageReader(Dataset[Any]):
         if min(numbers, default=0) < 0:
             raise DataError(f"the image in row {pick.number} of {self.where} has no label")
         return numbers[0] if self.classes is None else np.isin(np.arange(self.classes), numbers).astype(np.uint8)
-
-
-class _Memory:
-    """What was decoded once, of a split that fits as a whole, to judge by its first image."""
-
-    def __init__(self, images: int) -> None:
-        self.images = images
-        self.left = _MEMORY_BYTES if images else 0
-        self.kept: dict[int, Any] = {}
-
-    def get(self, index: int, make: Callable[[], T]) -> T:
-        """The object kept under a number, else a new one."""
-        if (found := self.kept.get(index)) is not None:
-            return cast(T, found)
-        made = make()
-        size = made.nbytes if isinstance(made, np.ndarray) else 3 * made.width * made.height
-        if not self.kept and size * self.images > self.left:
-            self.left = 0
-        if size <= self.left:
-            self.left -= size
-            self.kept[index] = made
-        return made
