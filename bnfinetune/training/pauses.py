@@ -48,7 +48,7 @@ class Pauses:
         self.saved_update = self.trainer.progress.update if going_on else None  # of the newest state
         self.told_skipped = self.trainer.progress.skipped
         self.best: Metrics | None = None  # since this start of the run
-        self.page_at = time.monotonic()  # of the last page
+        self.page_at, self.page_cost = time.monotonic(), 0.0  # of the last page, in seconds
 
     def __call__(self, *, evaluate: bool) -> None:
         """Evaluate if it is time, and save.
@@ -120,14 +120,16 @@ class Pauses:
             store.keep_only(wanted)
 
     def _write_page(self, network: nn.Module, metrics: Metrics) -> None:
-        """Let the run be looked at as it goes on, as often as it says a line."""
-        run, now = self.trainer.recipe.run, time.monotonic()
-        if not (run.report and self.accelerator.is_main_process) or now - self.page_at < run.log_every:
+        """Let the run be looked at as it goes on, as often as it says a line, in a hundredth of its time."""
+        run, begin = self.trainer.recipe.run, time.monotonic()
+        soon = begin - self.page_at < max(run.log_every, 100 * self.page_cost)
+        if not (run.report and self.accelerator.is_main_process) or soon:
             return
         so_far = Best(network, {"validation": metrics}, None, None, self.measurer.drift_at_start, {})
         with self.trainer.clock.part("page"), in_words(f"the report in {self.folder.path}"):
             write_page(self.setup, self.folder, self.record, so_far, self.findings)
         self.page_at = time.monotonic()
+        self.page_cost = self.page_at - begin
 
     def list_unreadable(self) -> None:
         """Write down the images that were left out, over all ranks and starts of the run."""

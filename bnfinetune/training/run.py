@@ -21,6 +21,7 @@ from bnfinetune.training.failures import SharedFailures
 from bnfinetune.training.launch import (
     as_it_was,
     check_trackers,
+    keep_freed_memory,
     launcher_notes,
     on_main,
     seed_ranks,
@@ -81,6 +82,8 @@ def train(recipe: Recipe, began: float | None = None) -> RunResult:
         KeyboardInterrupt: Ctrl-C came; during training, after a state was saved.
     """
     clock = Stopwatch(began)
+    if began is not None:
+        keep_freed_memory()
     minutes = recipe.train.timeout_minutes
     check_trackers(recipe.run.tracking)
     accelerator = start_accelerator(recipe.train.mixed_precision, minutes, trains=True)

@@ -7,10 +7,8 @@ with zeros again and again, and how many depends on who ran before.
 
 from __future__ import annotations
 
-import ctypes
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -18,7 +16,7 @@ from typing import NamedTuple
 import torch
 from scipy.stats import quantile_test
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's numbers for options of mallopt
+from bnfinetune.training.launch import keep_freed_memory
 
 
 class Timing(NamedTuple):
@@ -71,7 +69,7 @@ def run_in_turn(
         rounds: measured rounds.
         warmup: rounds before those.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     order, draw = list(candidates), random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in order}
     for number in range(-warmup, rounds):
@@ -120,14 +118,6 @@ def _time(run: Callable[[], object]) -> float:
     begin = clock()
     run()
     return clock() - begin
-
-
-def _keep_freed_memory() -> None:
-    """Tells glibc to give no freed memory back to the kernel; other allocators are left alone."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
-            mallopt(option, 2**31 - 1)
 
 
 def table(title: str, timings: list[Timing]) -> str:
