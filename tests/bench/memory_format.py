@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def measure(name: str, size: int, rounds: int, device: torch.device) -> dict[str, object]:
     """The time of channels_last over that of the plain format, with a 95 % interval, of a step and of a forward."""
-    row: dict[str, object] = {"side": size}
+    row: dict[str, object] = {"name": f"{size} px"}
     for what, build in (("step", _step), ("forward", _forward)):
         runs = {title: build(name, size, memory_format, device) for title, memory_format in FORMATS.items()}
         found = lead(run_in_turn(runs, rounds=rounds, warmup=1), "NHWC", "NCHW")

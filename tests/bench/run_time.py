@@ -1,35 +1,19 @@
-"""Where the time of a whole run goes: import, set-up, waiting for data, steps, evaluation, saving, its page."""
+"""Where the time of a whole run goes, from the command to its exit: what `summary.json` says, beside the clock."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
-import bnfinetune as bnf
-from bnfinetune.training import run
-from bnfinetune.training.assembly import Assembly
-from bnfinetune.training.loop.trainer import Trainer
-from bnfinetune.training.measuring.measurer import Measurer
-from bnfinetune.training.pauses import Pauses
+from bnfinetune.training.stopwatch import PARTS
 from tests.bench.folders import write_jpegs
 from tests.bench.results import record
-
-TIMED = [
-    (Measurer, "measure", "evaluation"),
-    (Pauses, "save", "saving"),
-    (Assembly, "export", "saving"),
-    (run, "write_report", "report"),
-    (Trainer, "fit", "fit"),
-]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -47,15 +31,16 @@ def main(arguments: Sequence[str]) -> None:
         write_jpegs(folder / "images", train=options.images // 4, val=options.images // 16, size=320)
         for recipe in options.recipes:
             settings = {
+                "recipe": recipe,
                 "model.name": options.model,
-                "model.pretrained": False,
-                "data.source": str(folder / "images"),
+                "model.pretrained": "false",
+                "data.source": folder / "images",
                 "data.image_size": options.size,
                 "train.epochs": options.epochs,
                 "train.batch_size": 32,
-                "run.dir": str(folder / recipe),
+                "run.dir": folder / recipe,
             }
-            rows.append({"name": recipe, **split(recipe, settings)})
+            rows.append({"name": recipe, **parts(settings)})
     what = (
         f"Seconds: {options.model} at {options.size} px, {options.images} JPEGs of 320 x 240, {options.epochs} epochs"
     )
@@ -64,48 +49,11 @@ def main(arguments: Sequence[str]) -> None:
         record("run_time", what, {"rows": rows})
 
 
-def split(recipe: str, settings: dict[str, Any]) -> dict[str, float]:
-    """Seconds of one run by what they went into; what is timed within something else counts only there."""
-    spent: dict[str, float] = defaultdict(float)
-    trainers: list[Trainer] = []
-    spent["import"] = importing()
-    with ExitStack() as stack:
-        for owner, method, part in TIMED:
-            stack.enter_context(timed(owner, method, spent, part, trainers if method == "fit" else None))
-        begin = time.perf_counter()
-        bnf.finetune(recipe, **settings)
-        total = time.perf_counter() - begin
-    progress = trainers[0].progress
-    spent["waiting for data"], spent["steps"] = progress.waiting, progress.seconds
-    del spent["fit"]
-    spent["set-up"] = total - (sum(spent.values()) - spent["import"])
-    spent["all"] = total + spent["import"]
-    return {key: round(value, 3) for key, value in spent.items()}
-
-
-def importing() -> float:
-    """Seconds that a fresh interpreter takes to import what a run needs, beyond its own start."""
-    seconds = []
-    for code in ("pass", "import bnfinetune.training.run"):
-        begin = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True)
-        seconds.append(time.perf_counter() - begin)
-    return seconds[1] - seconds[0]
-
-
-@contextmanager
-def timed(owner: Any, name: str, spent: dict[str, float], part: str, seen: list[Any] | None) -> Iterator[None]:
-    """Within this context the calls of a method are timed, and the instances noted."""
-    original: Callable[..., Any] = getattr(owner, name)
-
-    def timing(instance: Any, *args: Any, **kwargs: Any) -> Any:
-        if seen is not None:
-            seen.append(instance)
-        begin = time.perf_counter()
-        try:
-            return original(instance, *args, **kwargs)
-        finally:
-            spent[part] += time.perf_counter() - begin
-
-    with mock.patch.object(owner, name, timing):
-        yield
+def parts(settings: Mapping[str, object]) -> dict[str, float]:
+    """Seconds of one run by what they went into, and from the start of its process to the end."""
+    begin = time.perf_counter()
+    words = [f"{key}={value}" for key, value in settings.items()]
+    subprocess.run([sys.executable, "-m", "bnfinetune", *words], check=True, stdout=subprocess.DEVNULL)
+    whole = time.perf_counter() - begin
+    summary = json.loads((Path(str(settings["run.dir"])) / "summary.json").read_text(encoding="utf-8"))
+    return {PARTS[name]: seconds for name, seconds in summary["time"].items()} | {"all": round(whole, 3)}

@@ -138,7 +138,9 @@ def _ratios(results: dict[str, dict[str, Any]]) -> Iterable[list[str]]:
 
 TITLES = {
     "linear_probe": "A linear probe on features computed once",
+    "whole_run": "Whole runs beside timm's train.py",
     "run_time": "Where a run's time goes",
+    "memory_format": "From which size of images on channels_last saves time on a CPU",
     "loop_overhead": "What the loop adds to a bare PyTorch loop",
     "two_ranks": "Two processes against one",
     "fold_worth": "From which size of batches on folding saves time",
