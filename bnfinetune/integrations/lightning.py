@@ -169,8 +169,8 @@ def _averages(trainer: Any) -> Iterator[nn.Module]:
 
 
 def _batch_size(loader: Any) -> int:
-    size: int | None = getattr(loader, "batch_size", None)
-    return size or getattr(getattr(loader, "batch_sampler", None), "batch_size", 1)
+    of_batches = getattr(getattr(loader, "batch_sampler", None), "batch_size", 1)
+    return int(getattr(loader, "batch_size", None) or of_batches)
 
 
 def _require_no_rival(trainer: Any, policy: BNPolicy | Sequence[BNPolicy] | None) -> None:
