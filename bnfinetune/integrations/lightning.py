@@ -90,13 +90,13 @@ class BNCallback(callbacks.Callback):
         self.report: PreciseBNReport | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            self._require_order(trainer)
         if self._module is None or self._module() is not pl_module:
             _require_no_rival(trainer, self._policy)
             for network in (pl_module, *_averages(trainer)):
                 self._put_under_policy(pl_module, network)
             self._module = ref(pl_module)
-        if stage == "fit":
-            self._require_order(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         _require_no_reset(trainer, pl_module)
