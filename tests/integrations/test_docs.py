@@ -74,7 +74,8 @@ def test_transformers(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_lightning():
     pl = pytest.importorskip("lightning.pytorch")
-    pytest.importorskip("lightning.pytorch.callbacks").EMAWeightAveraging  # noqa: B018  (since 2.6)
+    if not hasattr(pl.callbacks, "EMAWeightAveraging"):
+        pytest.skip("lightning 2.5 has no EMAWeightAveraging")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
     class Module(pl.LightningModule):

@@ -25,6 +25,7 @@ BNCallback = pytest.importorskip("bnfinetune.integrations.lightning").BNCallback
 NAMES = ("test_resnet", "test_efficientnet")  # plain BN, and BatchNormAct2d
 IMAGES = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 1.5 + 0.3
 LABELS = torch.arange(24) % 3
+NEEDS_AVERAGE = pytest.mark.skipif(not hasattr(pl.callbacks, "EMAWeightAveraging"), reason="since lightning 2.6")
 FREEZE = bnf.BNPolicy(train_stats="running", update_stats="none", affine="frozen")
 
 
@@ -158,9 +159,10 @@ def _switches(layer: nn.Module) -> Any:
     return switches_of(layer)
 
 
+@NEEDS_AVERAGE
 @pytest.mark.parametrize("name", NAMES)
 def test_averaged_weights_get_statistics_of_their_own(name, tmp_path):
-    averaging = pytest.importorskip("lightning.pytorch.callbacks").EMAWeightAveraging(decay=0.5)
+    averaging = pl.callbacks.EMAWeightAveraging(decay=0.5)
     module, callback = Module(name), BNCallback(precise_at="eval", batch_size=24)
     best = pl.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1, monitor="val_loss")
     fit(module, averaging, best, callback, enable_checkpointing=True)
@@ -173,6 +175,7 @@ def test_averaged_weights_get_statistics_of_their_own(name, tmp_path):
         assert any(not differing(seen, saved) for seen in module.seen)
 
 
+@NEEDS_AVERAGE
 def test_at_the_end_the_averaged_weights_get_them():
     averaging = pl.callbacks.EMAWeightAveraging(decay=0.5)
     module = Module()
@@ -181,6 +184,7 @@ def test_at_the_end_the_averaged_weights_get_them():
     assert differing(tensors_of(module.net), module.steps[-1])
 
 
+@NEEDS_AVERAGE
 def test_an_average_made_before_the_policy_stays_in_step_with_it():
     policy = bnf.BNPolicy(train_stats="renorm", renorm_ramp=3, domains="b", domain_affine="own")
     module, averaging = Module(), pl.callbacks.EMAWeightAveraging(decay=0.5)
@@ -191,6 +195,7 @@ def test_an_average_made_before_the_policy_stays_in_step_with_it():
     assert not differing(tensors_of(module.net), tensors_of(other.net))
 
 
+@NEEDS_AVERAGE
 def test_before_an_average_it_refuses_its_place():
     module = Module()
     with pytest.raises(PolicyError, match="stands before EMAWeightAveraging.*list it after"):
