@@ -262,6 +262,16 @@ def test_states_of_other_callbacks_may_be_restored_from_the_checkpoint(tmp_path)
     assert not [key for key in differing(before, steps.states[-1]) if "running" in key]
 
 
+def test_the_policy_is_in_force_before_the_optimizer_is_made(tmp_path):
+    model = wrapped()
+    optimizer = trainer(tmp_path, model, quiet(FREEZE)).create_optimizer()
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    affine = {id(p) for layer in bnf.find_bn_layers(model).values() for p in layer.parameters(recurse=False)}
+    assert held
+    assert affine
+    assert not held & affine
+
+
 def test_added_later_the_policy_is_in_force_when_training_begins(tmp_path):
     model, steps = wrapped(), EveryStep()
     running = trainer(tmp_path, model, steps)
@@ -302,6 +312,15 @@ def test_the_doctor_warns_of_bn_that_is_frozen_by_requires_grad_alone(tmp_path):
         trained(tmp_path, model, callback, num_train_epochs=4)
     assert "BN305" in [found.code for found in callback.findings]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("epochs", [1, 4])  # less than the doctor would look at, and more
+def test_the_doctor_warns_of_what_only_steps_can_show(epochs, tmp_path):
+    model, callback = wrapped(), BNCallback(FREEZE)
+    assert "BN203" not in [found.code for found in bnf.check_bn(bnf.apply_policy(wrapped(), FREEZE))]
+    with pytest.warns(UserWarning, match="BN203"):  # statistics that are not of these images
+        trained(tmp_path, model, callback, num_train_epochs=epochs, eval_strategy="no")
+    assert "BN203" in [found.code for found in callback.findings]
 
 
 def test_the_doctor_has_nothing_to_warn_of_where_bn_is_frozen(tmp_path):

@@ -33,6 +33,7 @@ def statistics_on(rank: int) -> dict[str, torch.Tensor]:
     return tensors_of(model)
 
 
+@pytest.mark.slow  # processes of their own
 def test_ranks_share_the_images_and_end_with_the_same_bits(tmp_path):
     first, second = run_ranks(2, statistics_on, tmp_path)
     assert not differing(first, second)
