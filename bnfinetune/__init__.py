@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bnfinetune.bn.folding.fold import fold_bn, fold_report, folded, unfold_bn
     from bnfinetune.bn.folding.fuse import fuse_bn
     from bnfinetune.bn.layers import find_bn_layers, register_bn_class
+    from bnfinetune.bn.patch import load_bn, save_bn
     from bnfinetune.bn.policy.apply import apply_policy, freeze_bn, frozen, restore_bn, unfreeze_bn
     from bnfinetune.bn.policy.domains import domain, export_domain
     from bnfinetune.bn.policy.saving import load_policy_state, policy_state
@@ -67,6 +68,7 @@ __all__ = [
     "fuse_bn",
     "get_bn_modules",
     "inspect_bn",
+    "load_bn",
     "load_policy_state",
     "merge_running_stats",
     "no_stat_updates",
@@ -77,6 +79,7 @@ __all__ = [
     "reset_head",
     "restore_bn",
     "revert_sync_bn",
+    "save_bn",
     "unfold_bn",
     "unfreeze_bn",
     "update_bn_stats",
@@ -112,6 +115,7 @@ _HOMES = {
     "fuse_bn": "bnfinetune.bn.folding.fuse",
     "get_bn_modules": "bnfinetune.bn.statistics.fvcore",
     "inspect_bn": "bnfinetune.diagnose.drift",
+    "load_bn": "bnfinetune.bn.patch",
     "load_policy_state": "bnfinetune.bn.policy.saving",
     "merge_running_stats": "bnfinetune.bn.statistics.ranks",
     "no_stat_updates": "bnfinetune.bn.policy.updates",
@@ -122,6 +126,7 @@ _HOMES = {
     "reset_head": "bnfinetune.training.network.head",
     "restore_bn": "bnfinetune.bn.policy.apply",
     "revert_sync_bn": "bnfinetune.bn.policy.sync",
+    "save_bn": "bnfinetune.bn.patch",
     "unfold_bn": "bnfinetune.bn.folding.fold",
     "unfreeze_bn": "bnfinetune.bn.policy.apply",
     "update_bn_stats": "bnfinetune.bn.statistics.fvcore",

@@ -11,14 +11,15 @@ PACKAGE = Path(bnfinetune.__file__).parent
 # From the lowest up. A module may import from its own row and from those above it in this list.
 ROOMS = (
     "errors notes source_paths",
-    "bn.class_change bn.class_probe bn.functional bn.layers bn.population bn.put_back bn.saved_report",
+    "bn.class_change bn.class_probe bn.functional bn.layers bn.population bn.put_back bn.saved_report bn.tensor_hash",
     "bn.policy",
     "bn.statistics bn.folding",
-    "bn.absorb bn.adapt bn.average bn.convert",
+    "bn.absorb bn.adapt bn.average bn.convert bn.patch",
     "bn",
     "recipe recipe_files recipe_keys recipe_mistakes recipe_text demo",
     "diagnose",
     "training",
+    "integrations",
     "comparison",
     "cli cli_help cli_verbs __main__",
     "__init__",

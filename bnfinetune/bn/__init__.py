@@ -8,6 +8,7 @@ from bnfinetune.bn.convert.group_norm import GroupNormReport, convert_group_norm
 from bnfinetune.bn.folding.fold import fold_bn, fold_report, folded, unfold_bn
 from bnfinetune.bn.folding.fuse import fuse_bn
 from bnfinetune.bn.layers import find_bn_layers, register_bn_class
+from bnfinetune.bn.patch import BNPatch, load_bn, save_bn
 from bnfinetune.bn.policy.apply import apply_policy, freeze_bn, frozen, restore_bn, unfreeze_bn
 from bnfinetune.bn.policy.domains import domain, export_domain
 from bnfinetune.bn.policy.saving import load_policy_state, policy_state
@@ -22,6 +23,7 @@ from bnfinetune.bn.statistics.ranks import merge_running_stats
 from bnfinetune.bn.statistics.report import PreciseBNReport
 
 __all__ = [
+    "BNPatch",
     "BNPolicy",
     "GroupNormReport",
     "PreciseBNReport",
@@ -48,6 +50,7 @@ __all__ = [
     "frozen",
     "fuse_bn",
     "get_bn_modules",
+    "load_bn",
     "load_policy_state",
     "merge_running_stats",
     "no_stat_updates",
@@ -56,6 +59,7 @@ __all__ = [
     "register_bn_class",
     "restore_bn",
     "revert_sync_bn",
+    "save_bn",
     "unfold_bn",
     "unfreeze_bn",
     "update_bn_stats",

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from bnfinetune.bn.layers import find_bn_layers
+from bnfinetune.bn.tensor_hash import sha256_of
 from bnfinetune.errors import SelectionError
 from bnfinetune.training.saving.atomic import write_json
 
@@ -61,9 +60,4 @@ def weights_hash(model: nn.Module) -> str:
     statistics = {
         f"{name}.{kind}" for name in layers for kind in ("running_mean", "running_var", "num_batches_tracked")
     }
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name not in statistics:
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return sha256_of({name: tensor for name, tensor in model.state_dict().items() if name not in statistics})
