@@ -20,6 +20,8 @@ from bnfinetune.source_paths import check_checkpoint, check_path, check_source
 
 if TYPE_CHECKING:
     from bnfinetune.diagnose.finding import Format
+    from bnfinetune.inference.predictor import OnError
+    from bnfinetune.inference.rows import RowFormat
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell gives
 
@@ -100,12 +102,14 @@ def evaluate(arguments: Arguments) -> None:
 
 
 @verb(
-    "checkpoint=FOLDER IMAGE_OR_FOLDER ... [top=5] [format=table|jsonl]",
+    "checkpoint=FOLDER IMAGE_OR_FOLDER ... [top=5] [format=table|jsonl|csv] [on_error=skip|raise]",
     paths=True,
-    checkpoint="a run folder (its best checkpoint is taken), RUN/best, or any folder that timm saved",
+    checkpoint="a run folder (its best checkpoint is taken), RUN/best, or any folder that timm or export wrote",
     top="classes per image, the likeliest first (default 5); of several labels per image, the table has all from their "
     "thresholds on",
-    format="table (default), or jsonl: one JSON object per image",
+    format="table (default), jsonl: one JSON object per image, or csv: a header, and a row per image",
+    on_error="what to do about images that cannot be read: skip (default) names them on stderr and counts them at the "
+    "end; raise ends there",
 )
 def predict(arguments: Arguments) -> None:
     """Predict the classes of images, or of all images below a folder.
@@ -114,25 +118,23 @@ def predict(arguments: Arguments) -> None:
 
     Examples:
       bnfinetune predict checkpoint=runs/freeze_bn photo.jpg
-      bnfinetune predict checkpoint=runs/freeze_bn/best path/to/images top=1 format=jsonl
+      bnfinetune predict checkpoint=runs/freeze_bn/best path/to/images top=1 format=csv > found.csv
     """
     checkpoint = _checkpoint(arguments)
-    form = arguments.choose("format", "table", "jsonl")
+    form = arguments.choose("format", "table", "jsonl", "csv")
+    on_error = arguments.choose("on_error", "skip", "raise")
     top = _whole(arguments, "top", default=5, least=1)
     if not arguments.paths:
         raise RecipeError("predict has nothing to look at; name images or folders of images")
 
-    from bnfinetune.training.measuring.predict import predict as predictions
+    from bnfinetune.inference.predict import predict as predictions
+    from bnfinetune.inference.rows import as_rows
 
     if _rank() != 0:
         return  # each rank would do the same work
-    for record in predictions(checkpoint, arguments.paths, top):
-        if form == "jsonl":
-            print(json.dumps(record), flush=True)
-        else:
-            guesses = record.get("labels", record["top"])
-            ranked = "  ".join(f"{guess['label']} {guess['probability']:.1%}" for guess in guesses)
-            print(f"{record['path']}  {ranked or '(no label)'}", flush=True)
+    found = predictions(checkpoint, arguments.paths, top, cast("OnError", on_error))
+    for line in as_rows(found, cast("RowFormat", form)):
+        print(line, flush=True)
 
 
 @verb(

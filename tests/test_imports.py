@@ -19,6 +19,7 @@ ROOMS = (
     "recipe recipe_files recipe_keys recipe_mistakes recipe_text demo",
     "diagnose",
     "training",
+    "inference",
     "comparison",
     "cli cli_help cli_verbs __main__",
     "__init__",

@@ -21,7 +21,7 @@ RECIPE = "recipe.yaml"
 _THRESHOLDS = "label_thresholds"  # beside timm's label_names
 
 
-def save_export(
+def save_timm_folder(
     folder: Path,
     model: nn.Module,
     class_names: Sequence[str],
