@@ -239,6 +239,60 @@ def recalibrate(arguments: Arguments) -> None:
 
 
 @verb(
+    "checkpoint=FOLDER format=onnx|torch_export|torchvision|timm out=FOLDER [key=value ...]",
+    overrides=True,
+    checkpoint="a run folder (its best checkpoint is taken), RUN/best, or any folder that timm saved",
+    format="onnx, torch_export (a program for torch.export.load), torchvision (a state_dict, where torchvision has the "
+    "same network), or timm",
+    out="the new folder",
+    normalisation="beside (default): preprocessing.json tells mean and std; inside: the graph takes values from 0 to 1 "
+    "and normalises by itself (onnx, torch_export)",
+    images="how many images to compare the written network with the original on (default 256)",
+    tolerance="largest difference of a score that is allowed, as a share of the largest score (default 1e-4)",
+    on_difference="what to do about a larger one, or another top-1: raise (default) keeps nothing; note keeps it",
+)
+def export(arguments: Arguments) -> None:
+    """Write a network for another program: BN fused, any batch size, preprocessing beside it, and compared.
+
+    Both networks are compared on the images of the run's evaluation, or on those that data.source= names. What is
+    written is again a checkpoint for predict and bnf.load.
+
+    Examples:
+      bnfinetune export checkpoint=runs/freeze_bn format=onnx out=exported/onnx
+      bnfinetune export checkpoint=runs/freeze_bn format=torch_export normalisation=inside out=exported/program
+      bnfinetune export checkpoint=runs/freeze_bn format=torchvision out=exported/tv data.source=path/to/images
+    """
+    from bnfinetune.recipe_files import load_recipe
+
+    checkpoint = _checkpoint(arguments)
+    arguments.need("format", "write format=onnx, torch_export, torchvision or timm")
+    form = arguments.choose("format", "onnx", "torch_export", "torchvision", "timm")
+    inside = arguments.choose("normalisation", "beside", "inside") == "inside"
+    if inside and form not in ("onnx", "torch_export"):
+        raise RecipeError(f"normalisation=inside: a format={form} network has no graph to put it into; leave it out")
+    out = arguments.need("out", "write out=FOLDER, a folder that does not exist yet")
+    keep = arguments.choose("on_difference", "raise", "note") == "note"
+    images, tolerance = _whole(arguments, "images", default=256, least=1), _share(arguments, "tolerance", default=1e-4)
+    _answer_at_once(check_path, load_recipe({}, arguments.overrides).data.source)
+
+    from bnfinetune.export.checkpoint import export_checkpoint
+
+    if _rank() != 0:
+        return  # each rank would do the same work
+    written = export_checkpoint(
+        checkpoint,
+        out,
+        form,
+        arguments.overrides,
+        normalisation_inside=inside,
+        images=images,
+        tolerance=tolerance,
+        keep_differing=keep,
+    )
+    print(written)
+
+
+@verb(
     "RUN RUN ... out=FOLDER [choose=all|greedy] [key=value ...]",
     overrides=True,
     paths=True,
@@ -411,6 +465,18 @@ def _whole(arguments: Arguments, option: str, *, default: int, least: int) -> in
     if not value.isdecimal() or int(value) < least:
         raise RecipeError(f"{option}: found {value!r}; allowed: whole number >= {least}")
     return int(value)
+
+
+def _share(arguments: Arguments, option: str, *, default: float) -> float:
+    """The value of an option that is a number from 0 on."""
+    value = arguments.options.get(option, str(default))
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not number >= 0:
+        raise RecipeError(f"{option}: found {value!r}; allowed: number >= 0")
+    return number
 
 
 def _dispatch(words: list[str]) -> None:

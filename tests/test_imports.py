@@ -20,6 +20,7 @@ ROOMS = (
     "diagnose",
     "training",
     "inference",
+    "export",
     "comparison",
     "cli cli_help cli_verbs __main__",
     "__init__",
