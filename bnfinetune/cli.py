@@ -293,6 +293,39 @@ def export(arguments: Arguments) -> None:
 
 
 @verb(
+    "checkpoint=FOLDER repo=USER/NAME [dry_run=FOLDER] [private=off|on] [license=NAME] [message=TEXT]",
+    checkpoint="a run folder (its best checkpoint is taken), RUN/best, or any folder that timm saved",
+    repo="the repository on the hub; it is made if it does not exist",
+    dry_run="a new folder to write what would be sent to; nothing is sent",
+    private="off (default), or on: a new repository that only its owner sees",
+    license="as the hub names licences; by default that of the weights before, if it is known",
+    message="of the commit (default: Add model)",
+)
+def push(arguments: Arguments) -> None:
+    """Send a network to the Hugging Face hub, with a card of the numbers that its run has measured.
+
+    timm and transformers load it from there. HF_TOKEN, or hf auth login, says who you are.
+
+    Examples:
+      bnfinetune push checkpoint=runs/freeze_bn repo=me/digits dry_run=to-be-sent
+      bnfinetune push checkpoint=runs/freeze_bn repo=me/digits private=on
+    """
+    checkpoint = _checkpoint(arguments)
+    repo = arguments.need("repo", "write repo=USER/NAME")
+    private = arguments.choose("private", "off", "on") == "on"
+
+    from bnfinetune.export.push import push_checkpoint
+
+    if _rank() != 0:
+        return
+    options = arguments.options
+    dry_run, licence = options.get("dry_run"), options.get("license")
+    message = options.get("message", "Add model")
+    where = push_checkpoint(checkpoint, repo, private=private, licence=licence, message=message, dry_run=dry_run)
+    print(f"written to {where}; nothing was sent" if dry_run else f"sent: {where}")
+
+
+@verb(
     "RUN RUN ... out=FOLDER [choose=all|greedy] [key=value ...]",
     overrides=True,
     paths=True,
