@@ -170,7 +170,7 @@ def load(checkpoint: str | Path, *, device: str | torch.device | None = None) ->
     folder = Path(checkpoint)
     if (folder / PREPROCESSING).is_file():
         preprocessing, stated = read_preprocessing(folder)
-        if stated["format"] != "timm":
+        if stated.get("format") != "timm":
             return Predictor(open_runner(folder, stated, chosen), preprocessing)
     folder, recipe = checkpoint_recipe(str(checkpoint))
     model = load_exported(folder)
