@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from bnfinetune.diagnose.drift import inspect_bn
     from bnfinetune.diagnose.expected import expect
     from bnfinetune.diagnose.watch import watch_bn
+    from bnfinetune.inference.predictor import load
     from bnfinetune.training.network.head import reset_head
     from bnfinetune.training.network.optim import param_groups
     from bnfinetune.training.run import finetune
@@ -68,6 +69,7 @@ __all__ = [
     "fuse_bn",
     "get_bn_modules",
     "inspect_bn",
+    "load",
     "load_bn",
     "load_policy_state",
     "merge_running_stats",
@@ -115,6 +117,7 @@ _HOMES = {
     "fuse_bn": "bnfinetune.bn.folding.fuse",
     "get_bn_modules": "bnfinetune.bn.statistics.fvcore",
     "inspect_bn": "bnfinetune.diagnose.drift",
+    "load": "bnfinetune.inference.predictor",
     "load_bn": "bnfinetune.bn.patch",
     "load_policy_state": "bnfinetune.bn.policy.saving",
     "merge_running_stats": "bnfinetune.bn.statistics.ranks",

@@ -20,6 +20,8 @@ from bnfinetune.source_paths import check_checkpoint, check_path, check_source
 
 if TYPE_CHECKING:
     from bnfinetune.diagnose.finding import Format
+    from bnfinetune.inference.predictor import OnError
+    from bnfinetune.inference.rows import RowFormat
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell gives
 
@@ -102,12 +104,14 @@ def evaluate(arguments: Arguments) -> None:
 
 
 @verb(
-    "checkpoint=FOLDER IMAGE_OR_FOLDER ... [top=5] [format=table|jsonl]",
+    "checkpoint=FOLDER IMAGE_OR_FOLDER ... [top=5] [format=table|jsonl|csv] [on_error=skip|raise]",
     paths=True,
-    checkpoint="a run folder (its best checkpoint is taken), RUN/best, or any folder that timm saved",
+    checkpoint="a run folder (its best checkpoint is taken), RUN/best, or any folder that timm or export wrote",
     top="classes per image, the likeliest first (default 5); of several labels per image, the table has all from their "
     "thresholds on",
-    format="table (default), or jsonl: one JSON object per image",
+    format="table (default), jsonl: one JSON object per image, or csv: a header, and a row per image",
+    on_error="what to do about images that cannot be read: skip (default) names them on stderr and counts them at the "
+    "end; raise ends there",
 )
 def predict(arguments: Arguments) -> None:
     """Predict the classes of images, or of all images below a folder.
@@ -116,25 +120,23 @@ def predict(arguments: Arguments) -> None:
 
     Examples:
       bnfinetune predict checkpoint=runs/freeze_bn photo.jpg
-      bnfinetune predict checkpoint=runs/freeze_bn/best path/to/images top=1 format=jsonl
+      bnfinetune predict checkpoint=runs/freeze_bn/best path/to/images top=1 format=csv > found.csv
     """
     checkpoint = _checkpoint(arguments)
-    form = arguments.choose("format", "table", "jsonl")
+    form = arguments.choose("format", "table", "jsonl", "csv")
+    on_error = arguments.choose("on_error", "skip", "raise")
     top = _whole(arguments, "top", default=5, least=1)
     if not arguments.paths:
         raise RecipeError("predict has nothing to look at; name images or folders of images")
 
-    from bnfinetune.training.measuring.predict import predict as predictions
+    from bnfinetune.inference.predict import predict as predictions
+    from bnfinetune.inference.rows import as_rows
 
     if _rank() != 0:
         return  # each rank would do the same work
-    for record in predictions(checkpoint, arguments.paths, top):
-        if form == "jsonl":
-            print(json.dumps(record), flush=True)
-        else:
-            guesses = record.get("labels", record["top"])
-            ranked = "  ".join(f"{guess['label']} {guess['probability']:.1%}" for guess in guesses)
-            print(f"{record['path']}  {ranked or '(no label)'}", flush=True)
+    found = predictions(checkpoint, arguments.paths, top, cast("OnError", on_error))
+    for line in as_rows(found, cast("RowFormat", form)):
+        print(line, flush=True)
 
 
 @verb(
@@ -236,6 +238,93 @@ def recalibrate(arguments: Arguments) -> None:
     leave_ranks()
     if _rank() == 0:
         print(f"{report}\nwritten to {out}")
+
+
+@verb(
+    "checkpoint=FOLDER format=onnx|torch_export|torchvision|timm out=FOLDER [key=value ...]",
+    overrides=True,
+    checkpoint="a run folder (its best checkpoint is taken), RUN/best, or any folder that timm saved",
+    format="onnx, torch_export (a program for torch.export.load), torchvision (a state_dict, where torchvision has the "
+    "same network), or timm",
+    out="the new folder",
+    normalisation="beside (default): preprocessing.json tells mean and std; inside: the graph takes values from 0 to 1 "
+    "and normalises by itself (onnx, torch_export)",
+    images="how many images to compare the written network with the original on (default 256)",
+    tolerance="largest difference of a score that is allowed, as a share of the largest score (default 1e-4)",
+    on_difference="what to do about a larger one, or another top-1: raise (default) keeps nothing; note keeps it",
+)
+def export(arguments: Arguments) -> None:
+    """Write a network for another program: BN fused, any batch size, preprocessing beside it, and compared.
+
+    Both networks are compared on the images of the run's evaluation, or on those that data.source= names. What is
+    written is again a checkpoint for predict and bnf.load.
+
+    Examples:
+      bnfinetune export checkpoint=runs/freeze_bn format=onnx out=exported/onnx
+      bnfinetune export checkpoint=runs/freeze_bn format=torch_export normalisation=inside out=exported/program
+      bnfinetune export checkpoint=runs/freeze_bn format=torchvision out=exported/tv data.source=path/to/images
+    """
+    from bnfinetune.recipe_files import load_recipe
+
+    checkpoint = _checkpoint(arguments)
+    arguments.need("format", "write format=onnx, torch_export, torchvision or timm")
+    form = arguments.choose("format", "onnx", "torch_export", "torchvision", "timm")
+    inside = arguments.choose("normalisation", "beside", "inside") == "inside"
+    if inside and form not in ("onnx", "torch_export"):
+        raise RecipeError(f"normalisation=inside: a format={form} network has no graph to put it into; leave it out")
+    out = arguments.need("out", "write out=FOLDER, a folder that does not exist yet")
+    keep = arguments.choose("on_difference", "raise", "note") == "note"
+    images, tolerance = _whole(arguments, "images", default=256, least=1), _share(arguments, "tolerance", default=1e-4)
+    _answer_at_once(check_path, load_recipe({}, arguments.overrides).data.source)
+
+    from bnfinetune.export.checkpoint import export_checkpoint
+
+    if _rank() != 0:
+        return  # each rank would do the same work
+    written = export_checkpoint(
+        checkpoint,
+        out,
+        form,
+        arguments.overrides,
+        normalisation_inside=inside,
+        images=images,
+        tolerance=tolerance,
+        keep_differing=keep,
+    )
+    print(written)
+
+
+@verb(
+    "checkpoint=FOLDER repo=USER/NAME [dry_run=FOLDER] [private=off|on] [license=NAME] [message=TEXT]",
+    checkpoint="a run folder (its best checkpoint is taken), RUN/best, or any folder that timm saved",
+    repo="the repository on the hub; it is made if it does not exist",
+    dry_run="a new folder to write what would be sent to; nothing is sent",
+    private="off (default), or on: a new repository that only its owner sees",
+    license="as the hub names licences; by default that of the weights before, if it is known",
+    message="of the commit (default: Add model)",
+)
+def push(arguments: Arguments) -> None:
+    """Send a network to the Hugging Face hub, with a card of the numbers that its run has measured.
+
+    timm and transformers load it from there. HF_TOKEN, or hf auth login, says who you are.
+
+    Examples:
+      bnfinetune push checkpoint=runs/freeze_bn repo=me/digits dry_run=to-be-sent
+      bnfinetune push checkpoint=runs/freeze_bn repo=me/digits private=on
+    """
+    checkpoint = _checkpoint(arguments)
+    repo = arguments.need("repo", "write repo=USER/NAME")
+    private = arguments.choose("private", "off", "on") == "on"
+
+    from bnfinetune.export.push import push_checkpoint
+
+    if _rank() != 0:
+        return
+    options = arguments.options
+    dry_run, licence = options.get("dry_run"), options.get("license")
+    message = options.get("message", "Add model")
+    where = push_checkpoint(checkpoint, repo, private=private, licence=licence, message=message, dry_run=dry_run)
+    print(f"written to {where}; nothing was sent" if dry_run else f"sent: {where}")
 
 
 @verb(
@@ -411,6 +500,18 @@ def _whole(arguments: Arguments, option: str, *, default: int, least: int) -> in
     if not value.isdecimal() or int(value) < least:
         raise RecipeError(f"{option}: found {value!r}; allowed: whole number >= {least}")
     return int(value)
+
+
+def _share(arguments: Arguments, option: str, *, default: float) -> float:
+    """The value of an option that is a number from 0 on."""
+    value = arguments.options.get(option, str(default))
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not number >= 0:
+        raise RecipeError(f"{option}: found {value!r}; allowed: number >= 0")
+    return number
 
 
 def _dispatch(words: list[str]) -> None:

@@ -60,6 +60,10 @@ class TrainingError(BnFinetuneError, RuntimeError):
     """Training that cannot go on, such as a loss that is not finite."""
 
 
+class ExportError(BnFinetuneError, RuntimeError):
+    """A network that cannot be written in another format, computes something else there, or cannot be sent."""
+
+
 def error_line(text: str, rank: int | None = None) -> str:
     """How an error is told on stderr: one printable line, with the process that it happened in."""
     line = " ".join(text.splitlines())

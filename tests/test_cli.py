@@ -126,8 +126,9 @@ BAD_INPUT = [
     ("predict checkpoint=run photo.jpg top=all", "top: found 'all'"),
     (
         "predict checkpoint=run photo.jpg format=json",
-        "format: found 'json'; allowed: table | jsonl; did you mean jsonl?",
+        "format: found 'json'; allowed: table | jsonl | csv; did you mean jsonl?",
     ),
+    ("predict checkpoint=run photo.jpg on_error=stop", "on_error: found 'stop'; allowed: skip | raise"),
     ("predict chekpoint=run photo.jpg", "chekpoint=run: no argument of predict; did you mean checkpoint?"),
 ]
 
@@ -271,26 +272,28 @@ class TestAnswersWithoutTorch:
 class TestDispatch:
     @pytest.fixture
     def calls(self, monkeypatch):
-        """Put recorders in the place of the training room's modules."""
+        """Put recorders in the place of the modules behind the verbs."""
         calls = []
         Scores = namedtuple("Scores", "top1")
         Scores.scalars = lambda self: {"top1": self.top1}
 
-        def predictions(checkpoint, paths, top):
-            calls.append((checkpoint, paths, top))
+        def predictions(checkpoint, paths, top, on_error):
+            calls.append((checkpoint, paths, top, on_error))
             for path in paths:
                 ranked = [{"label": "cat", "probability": 0.75}, {"label": "dog", "probability": 0.25}][:top]
                 yield {"path": path, **ranked[0], "top": ranked}
 
         rooms = {
-            "run": {"train": calls.append},
-            "launch": {"leave_ranks": lambda: None},
-            "measuring.measure": {"evaluate_checkpoint": lambda *words: calls.append(words) or {"test": Scores(0.5)}},
-            "measuring.predict": {"predict": predictions},
-            "reporting.summary": {"metrics_table": lambda rows: f"table of {', '.join(rows)}"},
+            "training.run": {"train": calls.append},
+            "training.launch": {"leave_ranks": lambda: None},
+            "training.measuring.measure": {
+                "evaluate_checkpoint": lambda *words: calls.append(words) or {"test": Scores(0.5)}
+            },
+            "inference.predict": {"predict": predictions},
+            "training.reporting.summary": {"metrics_table": lambda rows: f"table of {', '.join(rows)}"},
         }
         for room, names in rooms.items():
-            module = types.ModuleType(f"bnfinetune.training.{room}")
+            module = types.ModuleType(f"bnfinetune.{room}")
             vars(module).update(names)
             monkeypatch.setitem(sys.modules, module.__name__, module)
         return calls
@@ -314,7 +317,7 @@ class TestDispatch:
     def test_predict_hands_over_paths_and_prints_a_line_each(self, calls, folder, capsys):
         (folder / "a=b.png").touch()
         assert main(["predict", "checkpoint=run", "photo.jpg", "a=b.png", "top=1", "format=jsonl"]) == 0
-        assert calls == [("run", ["photo.jpg", "a=b.png"], 1)]
+        assert calls == [("run", ["photo.jpg", "a=b.png"], 1, "skip")]
         records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [record["path"] for record in records] == ["photo.jpg", "a=b.png"]
         assert records[0]["top"] == [{"label": "cat", "probability": 0.75}]

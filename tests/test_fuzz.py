@@ -29,8 +29,8 @@ from bnfinetune.recipe_files import dump_recipe, load_recipe, shipped_recipes
 from bnfinetune.training.data.images import open_image
 from bnfinetune.training.network.weights import load_weights_file
 from bnfinetune.training.saving.atomic import complete_folder
-from bnfinetune.training.saving.export import save_tensors
 from bnfinetune.training.saving.states import StateStore, describe_state, load_networks, read_state
+from bnfinetune.training.saving.timm_folder import save_tensors
 
 FILES = 50  # of each kind
 SECONDS, BYTES = 60, 2**30  # that reading all of them may take, and at most have at a time

@@ -19,6 +19,8 @@ ROOMS = (
     "recipe recipe_files recipe_keys recipe_mistakes recipe_text demo",
     "diagnose",
     "training",
+    "inference",
+    "export",
     "integrations",
     "comparison",
     "cli cli_help cli_verbs __main__",

@@ -18,7 +18,7 @@ SOURCE = ast.parse(Path(bnfinetune.__file__).read_text(encoding="utf-8"))
 PROMISED = """
     BNPolicy StatSnapshot absorb_bn adapt_model apply_policy auto_momentum check_bn choose_prior convert_frozen_bn
     convert_group_norm convert_sync_bn describe_bn domain export_domain find_bn_layers finetune fold_bn fold_report
-    freeze_bn fuse_bn get_bn_modules inspect_bn load_bn load_policy_state merge_running_stats no_stat_updates
+    freeze_bn fuse_bn get_bn_modules inspect_bn load load_bn load_policy_state merge_running_stats no_stat_updates
     param_groups policy_state precise_bn register_bn_class reset_head restore_bn revert_sync_bn save_bn unfold_bn
     unfreeze_bn update_bn_stats watch_bn
 """

@@ -12,7 +12,7 @@ from bnfinetune.diagnose.page import Drawing, Grid, Page, Part
 from bnfinetune.diagnose.run_report import SHARES
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import diff_recipes, load_recipe
-from bnfinetune.training.saving.export import RECIPE
+from bnfinetune.training.saving.timm_folder import RECIPE
 
 _CLASSES = 12
 

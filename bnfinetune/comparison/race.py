@@ -24,7 +24,7 @@ from bnfinetune.errors import CheckpointError, RecipeError
 from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import diff_recipes, dump_recipe, load_recipe
 from bnfinetune.training.saving.atomic import write_json, write_text
-from bnfinetune.training.saving.export import RECIPE
+from bnfinetune.training.saving.timm_folder import RECIPE
 
 PLAN, RESULT, PAGE = "plan.json", "comparison.json", "comparison.html"
 

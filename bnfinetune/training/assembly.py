@@ -22,8 +22,8 @@ from bnfinetune.training.network.hub import cache_if_unreachable
 from bnfinetune.training.network.norms import convert_recipe_norms, norm_config
 from bnfinetune.training.network.policies import apply_recipe_policies
 from bnfinetune.training.network.shapes import set_format, smallest_batch
-from bnfinetune.training.saving.export import save_export
 from bnfinetune.training.saving.run_folder import RunFolder
+from bnfinetune.training.saving.timm_folder import save_timm_folder
 from bnfinetune.training.stopwatch import Stopwatch
 
 
@@ -56,7 +56,7 @@ class Assembly(NamedTuple):
         recipe = self.trainer.recipe
         source = statistics | {"update": self.trainer.progress.best_update}
         names, norms = self.splits.class_names, norm_config(recipe.model)
-        save_export(folder.best, network, names, self.data_config, dump_recipe(recipe), source, norms, thresholds)
+        save_timm_folder(folder.best, network, names, self.data_config, dump_recipe(recipe), source, norms, thresholds)
 
 
 def assemble(

@@ -18,8 +18,8 @@ from bnfinetune.training.measuring.outcomes import Outcomes
 from bnfinetune.training.record import Record
 from bnfinetune.training.reporting.lines import told
 from bnfinetune.training.saving.atomic import complete_folder
-from bnfinetune.training.saving.export import load_weights
 from bnfinetune.training.saving.run_folder import RunFolder
+from bnfinetune.training.saving.timm_folder import load_weights
 
 
 class Best(NamedTuple):

@@ -17,7 +17,7 @@ from torch import nn
 
 from bnfinetune.cli import main
 from bnfinetune.errors import CheckpointError
-from bnfinetune.training.saving import export
+from bnfinetune.training.saving import timm_folder
 from bnfinetune.training.saving.atomic import complete_folder, write_folder
 from bnfinetune.training.saving.states import StateStore, load_networks, read_state
 from tests.training.support import write_images
@@ -27,7 +27,7 @@ CALLS = [
     *((os, name) for name in ("open", "mkdir", "rename", "replace", "fsync", "unlink", "rmdir")),
     (io, "open"),
     (torch, "save"),
-    (export, "save_file"),
+    (timm_folder, "save_file"),
 ]
 
 
@@ -250,4 +250,4 @@ def test_a_run_that_cannot_write_ends_in_one_line(limit, what, ranks, nursery, t
 
 
 def test_save_file_is_what_writes_weights():
-    assert export.save_file is safetensors.torch.save_file
+    assert timm_folder.save_file is safetensors.torch.save_file

@@ -15,10 +15,10 @@ from timm.data import create_transform, resolve_data_config
 import bnfinetune as bnf
 from bnfinetune.cli import main
 from bnfinetune.errors import RecipeError
+from bnfinetune.inference.predict import predict
 from bnfinetune.recipe_files import load_recipe
 from bnfinetune.training.checkup import inspect_checkpoint
 from bnfinetune.training.measuring.measure import evaluate_checkpoint
-from bnfinetune.training.measuring.predict import predict
 from bnfinetune.training.run import finetune
 from tests.training.loop.test_gradients import PLAIN
 from tests.training.support import broken_off, exported

@@ -119,15 +119,15 @@ def check_header(raw: Mapping[str, Any] | None, where: str, max_pixels: int) -> 
         raise DataError(f"cannot read the image {where}: {_reason(error, source)}") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, levels: Levels | None = None) -> Image.Image:
     """Convert any Pillow mode to 8-bit RGB, turned upright by its EXIF orientation.
 
-    Transparent pixels are laid on white. Greys of more than 8 bits are scaled by their own values. Colour profiles are
-    not applied, as in timm. Of an animation the first frame is used.
+    Transparent pixels are laid on white. Greys of more than 8 bits are scaled by `levels`, else by their own values.
+    Colour profiles are not applied, as in timm. Of an animation the first frame is used.
     """
     image = _upright(image)
     if _is_wide_grey(image):
-        return _grey(np.asarray(image), {})
+        return _grey(np.asarray(image), levels or {})
     if image.mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return _converted(ImageCms.profileToProfile(image, *profiles, outputMode="RGB"))

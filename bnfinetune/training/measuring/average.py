@@ -25,8 +25,8 @@ from bnfinetune.training.measuring.metrics import Metrics, new_tally
 from bnfinetune.training.measuring.recalibrate import recalibrate
 from bnfinetune.training.network.backbone import input_config
 from bnfinetune.training.network.norms import norm_config
-from bnfinetune.training.saving.export import save_export
 from bnfinetune.training.saving.run_folder import choose_folder
+from bnfinetune.training.saving.timm_folder import save_timm_folder
 
 T = TypeVar("T")
 Weights = dict[str, Tensor]
@@ -144,7 +144,7 @@ def average_checkpoints(
     source = {"data": recipe.recalibrate.data, "source": recipe.data.source, "fingerprint": splits.fingerprint()}
     about = dump_recipe(recipe), anew | source | {"averaged": taken, "levels": dict(splits.levels)}
     settings = norm_config(recipe.model), metrics["average"].thresholds
-    on_main(accelerator, lambda: save_export(target, network, first.class_names, data_config, *about, *settings))
+    on_main(accelerator, lambda: save_timm_folder(target, network, first.class_names, data_config, *about, *settings))
     return AveragedRuns(metrics, tuple(taken), report)
 
 

@@ -34,8 +34,8 @@ from bnfinetune.training.measuring.outcomes import Outcomes
 from bnfinetune.training.network.backbone import input_config
 from bnfinetune.training.network.norms import CONFIG_KEY, rebuild_norms
 from bnfinetune.training.network.shapes import input_format
-from bnfinetune.training.saving.export import RECIPE, WEIGHTS, load_weights, stated_thresholds
 from bnfinetune.training.saving.provenance import check_provenance, stated_levels
+from bnfinetune.training.saving.timm_folder import RECIPE, WEIGHTS, load_weights, stated_thresholds
 
 
 def measure(

@@ -24,8 +24,8 @@ from bnfinetune.training.measuring.measure import Exported
 from bnfinetune.training.measuring.prior import Judge, recalibrate_by_choice
 from bnfinetune.training.network.backbone import input_config
 from bnfinetune.training.network.norms import norm_config
-from bnfinetune.training.saving.export import save_export, stated_thresholds
 from bnfinetune.training.saving.run_folder import choose_folder
+from bnfinetune.training.saving.timm_folder import save_timm_folder, stated_thresholds
 
 
 def recalibrate(
@@ -108,7 +108,7 @@ def recalibrate_checkpoint(checkpoint: str, out: str, overrides: Sequence[str] =
     about = dump_recipe(recipe), source, norm_config(recipe.model)
     on_main(
         accelerator,
-        lambda: save_export(target, model, names, data_config, *about, stated_thresholds(exported.folder)),
+        lambda: save_timm_folder(target, model, names, data_config, *about, stated_thresholds(exported.folder)),
     )
     return report
 

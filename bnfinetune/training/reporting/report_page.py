@@ -20,8 +20,8 @@ from bnfinetune.training.loop.trainer import Trainer
 from bnfinetune.training.measuring.mistakes import pictures, told
 from bnfinetune.training.record import Record
 from bnfinetune.training.saving.atomic import write_json, write_text
-from bnfinetune.training.saving.export import RECIPE
 from bnfinetune.training.saving.run_folder import RunFolder
+from bnfinetune.training.saving.timm_folder import RECIPE
 
 
 def write_page(setup: Assembly, folder: RunFolder, record: Record, best: Best, findings: Findings) -> None:

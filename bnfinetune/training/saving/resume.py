@@ -12,10 +12,10 @@ from bnfinetune.recipe import Recipe
 from bnfinetune.recipe_files import diff_recipes, load_recipe
 from bnfinetune.recipe_keys import find_key, nearest_key
 from bnfinetune.training.launch import GlobalBatch, on_main
-from bnfinetune.training.saving.export import RECIPE
 from bnfinetune.training.saving.lock import RunLock
 from bnfinetune.training.saving.run_folder import SUMMARY, RunFolder, choose_folder
 from bnfinetune.training.saving.states import CHECKPOINTS, StateStore, describe_state
+from bnfinetune.training.saving.timm_folder import RECIPE
 
 # Where a run lives, what it shows and keeps, and whether it goes on do not change what it computes.
 _FREE_KEYS = {

@@ -10,8 +10,8 @@ from typing import Any
 
 from bnfinetune.errors import CheckpointError
 from bnfinetune.training.saving.atomic import write_text
-from bnfinetune.training.saving.export import RECIPE
 from bnfinetune.training.saving.lock import RunLock
+from bnfinetune.training.saving.timm_folder import RECIPE
 
 METRICS = "metrics.jsonl"
 UNREADABLE = "unreadable.txt"

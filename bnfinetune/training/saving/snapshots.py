@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from bnfinetune.training.saving.atomic import complete_folder, in_words, write_folder
-from bnfinetune.training.saving.export import WEIGHTS, load_weights, save_tensors
+from bnfinetune.training.saving.timm_folder import WEIGHTS, load_weights, save_tensors
 
 _FOLDER = "snapshots"
 

@@ -18,7 +18,7 @@ from bnfinetune.bn.layers import find_bn_layers, is_bn_layer
 from bnfinetune.bn.policy.saving import load_policy_state, policy_state
 from bnfinetune.errors import CheckpointError
 from bnfinetune.training.saving.atomic import complete_folder, in_words, write_folder, write_json, write_text
-from bnfinetune.training.saving.export import RECIPE, save_tensors
+from bnfinetune.training.saving.timm_folder import RECIPE, save_tensors
 
 CHECKPOINTS = "checkpoints"
 _TRAINER, _ABOUT = "trainer.pt", "state.json"

@@ -12,8 +12,8 @@ from timm.data import create_transform, resolve_data_config
 
 import bnfinetune as bnf
 from bnfinetune.cli import main
+from bnfinetune.inference.predict import predict
 from bnfinetune.training.measuring.measure import evaluate_checkpoint
-from bnfinetune.training.measuring.predict import predict
 from tests.training.support import CLASSES, bn_keys, exported, write_images
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 import bnfinetune as bnf
 from bnfinetune.cli import main
 from bnfinetune.errors import DataError
+from bnfinetune.inference.predict import predict
 from bnfinetune.training.measuring.measure import evaluate_checkpoint, load_exported
-from bnfinetune.training.measuring.predict import predict
 from tests.training.support import CLASSES, write_images
 
 OPTIONS = {
@@ -165,7 +165,7 @@ def test_predict_refuses_where_nothing_can_be_read(trained, photos):
 
 
 def test_predict_answers_before_it_has_read_everything(trained, photos, monkeypatch):
-    from bnfinetune.training.measuring import predict as module
+    from bnfinetune.inference import inputs as module
 
     opened = []
     original = module.open_image

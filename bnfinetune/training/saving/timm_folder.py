@@ -21,7 +21,7 @@ RECIPE = "recipe.yaml"
 _THRESHOLDS = "label_thresholds"  # beside timm's label_names
 
 
-def save_export(
+def save_timm_folder(
     folder: Path,
     model: nn.Module,
     class_names: Sequence[str],
@@ -31,28 +31,44 @@ def save_export(
     norms: Mapping[str, Any],
     thresholds: Sequence[float] = (),
 ) -> None:
-    """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads with nothing but timm.
+    """Write what `fill_timm_folder` writes as a folder that is whole or absent.
+
+    Raises:
+        CheckpointError: The system refused to write.
+    """
+    content = (model, class_names, data_config, recipe_text, statistics, norms, thresholds)
+    with in_words(f"the best network, {folder},"):
+        write_folder(folder, lambda target: fill_timm_folder(target, *content))
+
+
+def fill_timm_folder(
+    target: Path,
+    model: nn.Module,
+    class_names: Sequence[str],
+    data_config: Mapping[str, Any],
+    recipe_text: str,
+    statistics: dict[str, Any],
+    norms: Mapping[str, Any],
+    thresholds: Sequence[float] = (),
+) -> None:
+    """Fill a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads with nothing but timm.
 
     The exception is a network whose BatchNorm has become GroupNorm, which timm cannot build; `norms` then says how.
 
     It holds weights, preprocessing, class names, the recipe that made it, and where its statistics come from; of
     several labels per image, also the probability from which on each class is predicted.
     """
-
-    def fill(target: Path) -> None:
-        save_tensors(target / WEIGHTS, model.state_dict())
-        labels = {"label_names": list(class_names)}
-        save_config_for_hf(model, str(target / "config.json"), model_config=labels, data_config=dict(data_config))
-        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-        # it stands beside them too, and transformers would hand both to timm
-        config.get("model_args", {}).pop("num_classes", None)
-        cuts = {_THRESHOLDS: list(thresholds)} if thresholds else {}
-        write_json(target / "config.json", {**config, **norms, **cuts})
-        write_text(target / RECIPE, recipe_text)
-        write_provenance(target, model, statistics)
-
-    with in_words(f"the best network, {folder},"):
-        write_folder(folder, fill)
+    save_tensors(target / WEIGHTS, model.state_dict())
+    labels = {"label_names": list(class_names)}
+    save_config_for_hf(model, str(target / "config.json"), model_config=labels, data_config=dict(data_config))
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    # both stand beside them too; transformers would hand each number of classes to timm
+    config.get("model_args", {}).pop("num_classes", None)
+    config["pretrained_cfg"].pop("label_names", None)
+    cuts = {_THRESHOLDS: list(thresholds)} if thresholds else {}
+    write_json(target / "config.json", {**config, **norms, **cuts})
+    write_text(target / RECIPE, recipe_text)
+    write_provenance(target, model, statistics)
 
 
 def stated_thresholds(folder: Path) -> tuple[float, ...]:
