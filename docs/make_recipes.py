@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from bnfinetune.recipe_files import recipe_header, shipped_recipes
@@ -61,7 +62,8 @@ def page() -> str:
 
 def _recipe(name: str, path: Path) -> str:
     header = recipe_header(path)
-    body = "\n".join(path.read_text(encoding="utf-8").splitlines()[len(header) :]).strip()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    body = "\n".join(itertools.dropwhile(lambda line: line.startswith("#"), lines)).strip()
     claim = "\n".join(line for line in header[1:] if not line.startswith("Run: "))
     launch = "\n".join(line.removeprefix("Run: ") for line in header if line.startswith("Run: "))
     settings = f"\n\n```yaml\n{body}\n```" if body else ""
