@@ -105,13 +105,18 @@ def _print_key(key: RecipeKey) -> None:
     console.print(table, Text())
 
 
+def values_in_recipes(path: str) -> dict[str, list[Any]]:
+    """The values that shipped recipes give a key, by recipe; several where they have several sections of layers."""
+    found = {
+        name: [value for key, value in settings.items() if _without_positions(key) == path]
+        for name, settings in _shipped_settings().items()
+    }
+    return {name: values for name, values in found.items() if values}
+
+
 def _recipes_that_set(path: str) -> str:
-    """Each shipped recipe that sets a key, with its value; of several sections of layers, each."""
-    found = []
-    for name, settings in _shipped_settings().items():
-        values = [value for key, value in settings.items() if _without_positions(key) == path]
-        found += [f"{name} {' and '.join(map(json.dumps, values))}".replace('"', "")] if values else []
-    return ", ".join(found) or "none sets it"
+    named = (f"{name} {' and '.join(map(json.dumps, values))}" for name, values in values_in_recipes(path).items())
+    return ", ".join(named).replace('"', "") or "none sets it"
 
 
 @cache
