@@ -45,7 +45,7 @@ def recipe_header(path: Path) -> list[str]:
 
 
 def recipe_settings(name_or_path: str | Path) -> dict[str, Any]:
-    """What a recipe and its bases set, by dotted key such as `optim.lr` or `bn.0.layers`: not defaults, nor its name."""
+    """What a recipe and its bases set, by dotted key such as `optim.lr` or `bn.0.layers`, but for its name."""
     settings: dict[str, Any] = {}
     for _, tree in _layers(name_or_path):
         settings |= _leaves({key: plain(value, key) for key, value in flatten(tree) if key != "name"})

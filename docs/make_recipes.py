@@ -63,9 +63,9 @@ KEYS = """\
 
 <!-- Written by docs/make_recipes.py from bnfinetune/recipe.py and recipes/*.yaml. -->
 
-Every key of a [recipe](../recipes.md), section by section. `bnfinetune help KEY` says the same in a terminal, and
-editors complete and check recipe files by the schema that `bnfinetune schema` prints: `bnfinetune cp freeze_bn mine.yaml`
-writes a file that names it.
+Every key of a [recipe](../recipes.md), section by section. `bnfinetune help KEY` says the same in a terminal. Editors
+complete and check recipe files by the schema that `bnfinetune schema` prints; what `bnfinetune cp freeze_bn mine.yaml`
+writes names it.
 """
 
 COMMAND_LINE = """\

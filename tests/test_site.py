@@ -82,6 +82,7 @@ def test_the_loop_of_the_tutorial_runs(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_lines_of_the_photo_tutorial_run(tmp_path):
     page = TUTORIALS / "your_photos.md"
     python = blocks(page, "python")
@@ -89,7 +90,7 @@ def test_the_lines_of_the_photo_tutorial_run(tmp_path):
     bin_folder = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=280
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=1700
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "runs/auto/best/model.safetensors").is_file()
