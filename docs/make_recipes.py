@@ -100,7 +100,8 @@ def _shipped() -> tuple[Iterable[str], Iterable[Path]]:
 def _command_line() -> str:
     tasks = "\n".join(f"| {task} | `{line}` |" for task, line in TASKS.items())
     common = f"## Common tasks\n\n| task | line |\n| --- | --- |\n{tasks}\n"
-    return f"{COMMAND_LINE}\n{common}\n{_joined(_verb(name, verb) for name, verb in VERBS.items())}"
+    in_order = sorted(VERBS.items(), key=lambda entry: entry[1].looks_up)
+    return f"{COMMAND_LINE}\n{common}\n{_joined(_verb(name, verb) for name, verb in in_order)}"
 
 
 def _verb(name: str, verb: Verb) -> str:
