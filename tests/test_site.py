@@ -68,6 +68,7 @@ def test_the_site_builds_without_a_warning_and_reaches_for_nothing(tmp_path):
         assert not loads.findall(page.read_text(encoding="utf-8")), page
 
 
+@pytest.mark.slow
 def test_the_loop_of_the_tutorial_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = TUTORIALS / "your_loop.md"
