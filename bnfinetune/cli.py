@@ -1,7 +1,7 @@
 """The command line: `bnfinetune [VERB] key=value ...`, where no verb means train.
 
 Nothing here imports torch before the arguments are known to be good: help, listings and mistakes answer at once. A verb
-is one function under `@verb`; its docstring is its help.
+is one function under `@verb`; its docstring is its help. Those that look something up are in `cli_lookup`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
+from bnfinetune import cli_lookup as _lookup  # noqa: F401  enters its verbs in the table
+from bnfinetune.cli_tasks import START, as_lines
 from bnfinetune.cli_verbs import VERBS, Arguments, verb
-from bnfinetune.errors import BnFinetuneError, RecipeError, did_you_mean, error_line, say_on_stderr
+from bnfinetune.cli_words import not_a_verb, parse
+from bnfinetune.errors import BnFinetuneError, RecipeError, error_line, say_on_stderr
 from bnfinetune.source_paths import check_checkpoint, check_path, check_source
 
 if TYPE_CHECKING:
@@ -435,34 +438,6 @@ def compare(arguments: Arguments) -> None:
     print(json.dumps(found.to_dict(), indent=2) if form == "json" else found)
 
 
-@verb("")
-def recipes(arguments: Arguments) -> None:
-    """List the shipped recipes and what each is for."""
-    from bnfinetune.recipe_files import recipe_header, shipped_recipes
-
-    shipped = shipped_recipes()
-    width = max(map(len, shipped))
-    for name, path in shipped.items():
-        print(f"{name:{width}}  {recipe_header(path)[0]}")
-
-
-@verb(
-    "[recipe=NAME|FILE] [key=value ...]",
-    overrides=True,
-    recipe="a shipped recipe's name, or the path of your own YAML file; left out: the defaults",
-)
-def show(arguments: Arguments) -> None:
-    """Print the whole configuration of a recipe with overrides, as YAML that is a recipe again.
-
-    Examples:
-      bnfinetune show recipe=freeze_bn
-      bnfinetune show recipe=freeze_bn optim.lr=3e-4 bn.layers='layer4.*' > mine.yaml
-    """
-    from bnfinetune.recipe_files import dump_recipe, load_recipe
-
-    print(dump_recipe(load_recipe(arguments.options.get("recipe", {}), arguments.overrides)), end="")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit code: 0, 2 after a user's mistake, 130 after an interrupt.
 
@@ -523,42 +498,13 @@ def _dispatch(words: list[str]) -> None:
     elif words == ["--version"]:
         print(f"bnfinetune {importlib.metadata.version('bnfinetune')}")
     elif named:
-        VERBS[words[0]].run(_parse(words[0], words[1:]))
+        VERBS[words[0]].run(parse(words[0], words[1:]))
     elif words and "=" not in words[0] and not words[0].startswith("-"):
-        raise RecipeError(_not_a_verb(words[0]))
-    else:
-        train(_parse("train", words))
-
-
-def _parse(name: str, words: Sequence[str]) -> Arguments:
-    """Sort the words behind a verb into its options, overrides and paths."""
-    spec, arguments = VERBS[name], Arguments()
-    for word in words:
-        key, equals, value = word.partition("=")
-        if word.startswith("-"):
-            raise RecipeError(f"{word}: arguments are written key=value, without dashes, such as recipe=freeze_bn")
-        if equals and key in spec.options:
-            if key in arguments.options:
-                raise RecipeError(f"{key}= is given twice: {arguments.options[key]} and {value}")
-            if not value:
-                raise RecipeError(f"{key}= has no value; allowed: {spec.options[key]}")
-            arguments.options[key] = os.path.expanduser(value)  # shells leave a ~ behind = as it is
-        elif spec.takes_overrides and (equals or not spec.takes_paths):
-            arguments.overrides.append(word)
-        elif spec.takes_paths and (not equals or os.path.exists(word)):
-            arguments.paths.append(word)
-        else:
-            known = ", ".join(f"{option}=" for option in spec.options) or "nothing"
-            raise RecipeError(f"{word}: no argument of {name}{did_you_mean(key, spec.options)}; allowed: {known}")
-    return arguments
-
-
-def _not_a_verb(word: str) -> str:
-    from bnfinetune.recipe_files import shipped_recipes
-
-    if word in shipped_recipes() or word.endswith((".yaml", ".yml")):
-        return f"{word}: no such verb; did you mean recipe={word}?"
-    return f"{word}: no such verb{did_you_mean(word, VERBS)}; allowed: {', '.join(VERBS)}, or key=value to train"
+        raise RecipeError(not_a_verb(words[0]))
+    elif words:
+        train(parse("train", words))
+    elif _rank() == 0:
+        print(f"bnfinetune [VERB] key=value ...\n\n{as_lines(START)}")
 
 
 def _checkpoint(arguments: Arguments) -> str:

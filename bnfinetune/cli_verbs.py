@@ -37,13 +37,23 @@ Action = Callable[[Arguments], None]
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb of the command line: the function that does it, and how it is called."""
+    """A verb of the command line: the function that does it, and how it is called.
+
+    Attributes:
+        run: What does it; its docstring is the verb's help.
+        usage: What may stand behind the verb.
+        options: Each option of its own, and what it means.
+        takes_overrides: Whether keys of a recipe may stand behind it.
+        takes_paths: Whether words without `=` may stand behind it.
+        looks_up: Whether it tells of recipes, keys or this machine, and touches no network and no images.
+    """
 
     run: Action
     usage: str
     options: Mapping[str, str]
     takes_overrides: bool = False
     takes_paths: bool = False
+    looks_up: bool = False
 
     @property
     def summary(self) -> str:
@@ -57,11 +67,13 @@ class Verb:
 VERBS: dict[str, Verb] = {}
 
 
-def verb(usage: str, *, overrides: bool = False, paths: bool = False, **options: str) -> Callable[[Action], Action]:
-    """Enter a function in the table of verbs under its own name."""
+def verb(
+    usage: str, *, overrides: bool = False, paths: bool = False, lookup: bool = False, **options: str
+) -> Callable[[Action], Action]:
+    """Enter a function in the table of verbs under its own name, without the `_` that keeps it off Python's names."""
 
     def enter(run: Action) -> Action:
-        VERBS[run.__name__] = Verb(run, usage, options, takes_overrides=overrides, takes_paths=paths)
+        VERBS[run.__name__.rstrip("_")] = Verb(run, usage, options, overrides, paths, lookup)
         return run
 
     return enter

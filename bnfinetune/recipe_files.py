@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -21,6 +22,9 @@ from bnfinetune.recipe_text import MAX_BYTES, describe, flatten, plain, read_ove
 
 Layer = tuple[str, dict[str, Any]]
 
+MODELINE = "# yaml-language-server: $schema="
+"""How the comment begins by which editors find the schema of a YAML file."""
+
 _CALLER = ""  # the origin of what comes from no file
 
 
@@ -32,13 +36,20 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def recipe_header(path: Path) -> list[str]:
-    """The comment lines that open a recipe file, without their `#`: first what it is for, then the claim, then how."""
-    header = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        header.append(line.lstrip("#").strip())
-    return header
+    """The comment lines that open a recipe file, without their `#`: first what it is for, then the claim, then how.
+
+    The line that names the schema is for editors and left out.
+    """
+    opening = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    return [line.lstrip("#").strip() for line in opening if not line.startswith(MODELINE)]
+
+
+def recipe_settings(name_or_path: str | Path) -> dict[str, Any]:
+    """What a recipe and its bases set, by dotted key such as `optim.lr` or `bn.0.layers`, but for its name."""
+    settings: dict[str, Any] = {}
+    for _, tree in _layers(name_or_path):
+        settings |= _leaves({key: plain(value, key) for key, value in flatten(tree) if key != "name"})
+    return settings
 
 
 def load_recipe(

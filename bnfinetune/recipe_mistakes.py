@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from bnfinetune.errors import did_you_mean
 from bnfinetune.recipe import BN_FORMS
-from bnfinetune.recipe_keys import RecipeSection, find_key, nearest_key, recipe_schema
+from bnfinetune.recipe_hints import suggestion
+from bnfinetune.recipe_keys import RecipeSection, find_key, recipe_schema
 from bnfinetune.recipe_text import describe
 
 
@@ -26,7 +27,7 @@ def explain(error: ValidationError, origins: Mapping[str, str]) -> str:
     also = f" (and {more} more {'mistake' if more == 1 else 'mistakes'})" if more else ""
     key, kind, context = keys[0], mistakes[0]["type"], mistakes[0].get("ctx", {})
     if kind == "extra_forbidden":
-        return _unknown(key, origins) + also
+        return _unknown(key, mistakes[0]["input"], origins) + also
     if kind == "value_error":
         return (f"{key}: {context['error']}" if key else str(context["error"])) + also
     return _unfit(_whole(key) if kind == "missing" else key, mistakes[0]["input"], origins) + also
@@ -34,8 +35,11 @@ def explain(error: ValidationError, origins: Mapping[str, str]) -> str:
 
 def _unfit(key: str, found: Any, origins: Mapping[str, str]) -> str:
     target = find_key(key)
-    start = f"{key}: found {describe(found)}{place(key, origins)}"
+    where = place(key, origins)
+    start = f"{key}: found {describe(found)}{where}"
     if target is None or isinstance(target, RecipeSection):
+        if target is not None and (meant := suggestion(key, found, in_file=bool(where))):
+            return f"{start}, where a section is; did you mean {meant}?"
         return f"{start}; allowed: the keys {_names(target or recipe_schema())}"
     hint = ""
     if isinstance(found, str):
@@ -45,12 +49,13 @@ def _unfit(key: str, found: Any, origins: Mapping[str, str]) -> str:
     return f"{start}; allowed: {target.allowed}{hint}"
 
 
-def _unknown(key: str, origins: Mapping[str, str]) -> str:
+def _unknown(key: str, found: Any, origins: Mapping[str, str]) -> str:
     above = find_key(key.rpartition(".")[0])
-    near = nearest_key(key)
-    hint = f"; did you mean {near}?" if near else ""
-    names = _names(above) if isinstance(above, RecipeSection) and not near else ""
-    return f"{key}: no such key{place(key, origins)}{hint}{f'; allowed: {names}' if names else ''}"
+    where = place(key, origins)
+    meant = suggestion(key, found, in_file=bool(where))
+    hint = f"; did you mean {meant}?" if meant else ""
+    names = _names(above) if isinstance(above, RecipeSection) and not meant else ""
+    return f"{key}: no such key{where}{hint}{f'; allowed: {names}' if names else ''}"
 
 
 def _names(section: RecipeSection) -> str:

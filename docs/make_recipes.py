@@ -1,21 +1,27 @@
-"""Write docs/recipes.md from the recipe files and the schema: `python docs/make_recipes.py`."""
+"""Write the pages on recipes, keys and verbs from what the code says of them: `python docs/make_recipes.py`."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
+from bnfinetune.cli import VERBS
+from bnfinetune.cli_help import values_in_recipes
+from bnfinetune.cli_tasks import TASKS
+from bnfinetune.cli_verbs import Verb
 from bnfinetune.recipe_files import recipe_header, shipped_recipes
 from bnfinetune.recipe_keys import RecipeSection, recipe_schema
 
-PAGE = Path(__file__).with_name("recipes.md")
+DOCS = Path(__file__).parent
 
 INTRODUCTION = """\
 # Recipes
 
-<!-- Written by docs/make_recipes.py from recipes/*.yaml and bnfinetune/recipe.py. -->
+<!-- Written by docs/make_recipes.py from recipes/*.yaml. -->
 
-A recipe is a YAML file that holds only what differs from the defaults of the [keys](#keys) below. The same words work
-in a file, on the command line and from Python:
+A recipe is a YAML file that holds only what differs from the defaults of the [keys](reference/keys.md). The same words
+work in a file, on the command line and from Python:
 
 ```yaml
 # mine.yaml
@@ -52,16 +58,66 @@ keys (`${...}`), carry YAML tags, or be larger than 64 KiB: it is data, never co
 """
 
 
-def page() -> str:
-    """The whole page."""
-    shipped = "\n".join(_recipe(name, path) for name, path in shipped_recipes().items())
-    keys = "\n".join(_section(section) for section in recipe_schema().walk())
-    return f"{INTRODUCTION}\n## Shipped recipes\n\n{shipped}\n## Keys\n\n{keys}"
+KEYS = """\
+# Keys
+
+<!-- Written by docs/make_recipes.py from bnfinetune/recipe.py and recipes/*.yaml. -->
+
+Every key of a [recipe](../recipes.md), section by section. `bnfinetune help KEY` says the same in a terminal. Editors
+complete and check recipe files by the schema that `bnfinetune schema` prints; what `bnfinetune cp freeze_bn mine.yaml`
+writes names it.
+"""
+
+COMMAND_LINE = """\
+# Command line
+
+<!-- Written by docs/make_recipes.py from the verbs of bnfinetune/cli.py and bnfinetune/cli_lookup.py. -->
+
+`bnfinetune [VERB] key=value ...`, also as `python -m bnfinetune`, `accelerate launch -m bnfinetune` and
+`torchrun -m bnfinetune`. No verb means `train`. The exit code is 0, 1 where `check` finds an error, 2 after a mistake
+of the user's, which is told in one line, 130 after Ctrl-C and 143 after SIGTERM.
+"""
+
+
+def pages() -> dict[Path, str]:
+    """Every page that is written from the code, by its file."""
+    return {
+        DOCS / "recipes.md": f"{INTRODUCTION}\n## Shipped recipes\n\n{_joined(map(_recipe, *_shipped()))}",
+        DOCS / "reference/keys.md": f"{KEYS}\n{_joined(map(_section, recipe_schema().walk()))}",
+        DOCS / "reference/command_line.md": _command_line(),
+    }
+
+
+def _joined(parts: Iterable[str]) -> str:
+    return "\n".join(parts)
+
+
+def _shipped() -> tuple[Iterable[str], Iterable[Path]]:
+    shipped = shipped_recipes()
+    return shipped.keys(), shipped.values()
+
+
+def _command_line() -> str:
+    tasks = "\n".join(f"| {task} | `{line}` |" for task, line in TASKS.items())
+    common = f"## Common tasks\n\n| task | line |\n| --- | --- |\n{tasks}\n"
+    in_order = sorted(VERBS.items(), key=lambda entry: entry[1].looks_up)
+    return f"{COMMAND_LINE}\n{common}\n{_joined(_verb(name, verb) for name, verb in in_order)}"
+
+
+def _verb(name: str, verb: Verb) -> str:
+    text, _, examples = verb.help.partition("\n\nExamples:\n")
+    lines = "\n".join(line.strip() for line in examples.splitlines())
+    rows = "\n".join(f"| `{option}=` | {_cell(meaning)} |" for option, meaning in verb.options.items())
+    options = f"\n| option | |\n| --- | --- |\n{rows}\n" if rows else ""
+    shown = f"\n```sh\n{lines}\n```\n" if lines else ""
+    usage = f"bnfinetune {name} {verb.usage}".rstrip()
+    return f"## {name}\n\n```text\n{usage}\n```\n\n{text}\n{options}{shown}"
 
 
 def _recipe(name: str, path: Path) -> str:
     header = recipe_header(path)
-    body = "\n".join(path.read_text(encoding="utf-8").splitlines()[len(header) :]).strip()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    body = "\n".join(itertools.dropwhile(lambda line: line.startswith("#"), lines)).strip()
     claim = "\n".join(line for line in header[1:] if not line.startswith("Run: "))
     launch = "\n".join(line.removeprefix("Run: ") for line in header if line.startswith("Run: "))
     settings = f"\n\n```yaml\n{body}\n```" if body else ""
@@ -70,10 +126,16 @@ def _recipe(name: str, path: Path) -> str:
 
 def _section(section: RecipeSection) -> str:
     rows = "\n".join(
-        f"| `{key.path}` | {_cell(key.allowed)} | `{key.default}` | {_cell(key.help)} |" for key in section.keys
+        f"| `{key.path}` | {_cell(key.allowed)} | `{key.default}` | {_cell(key.help)}{_setters(key.path)} |"
+        for key in section.keys
     )
-    title = f"### {section.path}\n\n" if section.path else ""
-    return f"{title}{section.help}\n\n| key | values | default | |\n| --- | --- | --- | --- |\n{rows}\n"
+    head = "| key | values | default | |\n| --- | --- | --- | --- |"
+    return f"## {section.path or 'The recipe itself'}\n\n{section.help}\n\n{head}\n{rows}\n"
+
+
+def _setters(path: str) -> str:
+    named = ", ".join(f"[{name}](../recipes.md#{name})" for name in values_in_recipes(path))
+    return f" (set by {named})" if named else ""
 
 
 def _cell(text: str) -> str:
@@ -81,4 +143,6 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for path, text in pages().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")

@@ -10,20 +10,20 @@ PACKAGE = Path(bnfinetune.__file__).parent
 
 # From the lowest up. A module may import from its own row and from those above it in this list.
 ROOMS = (
-    "errors notes source_paths",
+    "errors machine notes source_paths",
     "bn.class_change bn.class_probe bn.functional bn.layers bn.population bn.put_back bn.saved_report bn.tensor_hash",
     "bn.policy",
     "bn.statistics bn.folding",
     "bn.absorb bn.adapt bn.average bn.convert bn.patch",
     "bn",
-    "recipe recipe_files recipe_keys recipe_mistakes recipe_text demo",
+    "recipe recipe_files recipe_hints recipe_json_schema recipe_keys recipe_mistakes recipe_text demo",
     "diagnose",
     "training",
     "inference",
     "export",
     "integrations",
     "comparison",
-    "cli cli_help cli_verbs __main__",
+    "cli cli_completion cli_help cli_lookup cli_tasks cli_verbs cli_words __main__",
     "__init__",
 )
 RANKS = {room: rank for rank, row in enumerate(ROOMS) for room in row.split()}

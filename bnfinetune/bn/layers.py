@@ -106,7 +106,7 @@ def register_bn_class(
         eps: added to the variance, for layers without an attribute `eps`; by default it is found by trying their
             `forward`.
 
-    Example:
+    Examples:
         >>> register_bn_class(BatchNormSwish, tail=lambda layer, x: x * x.sigmoid())
 
     Raises:

@@ -119,6 +119,8 @@ def _asked(recipe: Recipe) -> dict[str, Any]:
         RecipeError: It sets what they are to differ in.
     """
     given = {key: new for key, (_, new) in diff_recipes(Recipe(), recipe).items()}
+    if "name" in recipe.model.model_fields_set:  # also the demo's, which differs from no default but stands for photos
+        given["model.name"] = recipe.model.name
     own = [key for key in given if key.partition(".")[0] in ("bn", "recalibrate")]
     if own:
         raise RecipeError(f"{own[0]}: what recipe={recipe.name} is to find; give it to a recipe of auto.recipes")

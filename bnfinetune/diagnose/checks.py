@@ -61,7 +61,7 @@ def check_bn(
     Returns:
         Findings, the gravest first; `print` shows a table, `exit_code` is 1 where one is an error.
 
-    Example:
+    Examples:
         >>> print(bnf.check_bn(model, optimizer, loader, grad_accum=4, steps=2000))
 
     Raises:

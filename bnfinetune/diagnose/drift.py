@@ -79,7 +79,7 @@ def inspect_bn(
     Returns:
         The report; print it, save it, or write it as a page.
 
-    Example:
+    Examples:
         >>> report = bnf.inspect_bn(model, loader)
         >>> print(report.verdict)
 

@@ -29,7 +29,7 @@ def expect(model: nn.Module, codes: str | Sequence[str], layers: Selection = "*"
     Returns:
         The model.
 
-    Example:
+    Examples:
         >>> bnf.expect(moco, ["BN102", "BN303"], layers="encoder_k.*")
         >>> print(bnf.check_bn(moco, optimizer))
 

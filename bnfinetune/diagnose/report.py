@@ -31,7 +31,7 @@ def drift_page(
         recommendation: which recipe fits.
         readout: what statistics of the data would be worth to a new head.
 
-    Example:
+    Examples:
         >>> drift_page(bnf.inspect_bn(model, loader)).write("report.html")
     """
     advice = [] if recommendation is None else [_advice(recommendation)]

@@ -76,7 +76,7 @@ class RunStory:
 def run_page(story: RunStory) -> Page:
     """The page of a run: result, curves, confusion, mistakes, statistics, checks, settings.
 
-    Example:
+    Examples:
         >>> run_page(RunStory(title="mine", before=before, after=after)).write("report.html")
     """
     before, after = story.before[story.split][story.main], story.after[story.split][story.main]

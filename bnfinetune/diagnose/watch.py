@@ -61,7 +61,7 @@ class watch_bn:  # noqa: N801  (a function to its users, as `torch.no_grad` is)
         findings: what was found, and in `unjudged` what too little was seen for; empty until the block is left.
         trace: what was seen.
 
-    Example:
+    Examples:
         >>> with bnf.watch_bn(model, optimizer) as watch:
         ...     for images, labels in islice(loader, 10):
         ...         train_step(images, labels)

@@ -1,6 +1,6 @@
 """Accuracy of recipes by batch size on the embedded data: the README's table.
 
-    python -m tests.bench.recipe_table [--recipes full freeze_bn ...] [--batches 2 8 32] [--seeds 3]
+    python -m tests.bench.recipe_table --recipes full freeze_bn --batches 2 8 32 --seeds 3
 
 Every run has the same budget: 15 epochs over 200 labelled digits. The best epoch is chosen on the validation split and
 measured on the 1,200 test images, which nothing else touches. Writes docs/recipe_table.md and docs/recipe_table.json.

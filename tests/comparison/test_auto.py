@@ -9,7 +9,7 @@ import pytest
 
 import bnfinetune as bnf
 from bnfinetune.cli import main
-from bnfinetune.comparison.auto import choice, train_auto, worth_trying
+from bnfinetune.comparison.auto import _asked, choice, train_auto, worth_trying
 from bnfinetune.comparison.cells import Cell
 from bnfinetune.comparison.look import Look, look
 from bnfinetune.comparison.result import Compared, Comparison, Finished
@@ -43,6 +43,17 @@ def cells(**more):
 def tried(seen, **more):
     said = []
     return [cell.name for cell in worth_trying(cells(**more), seen, said.append)], said
+
+
+def test_the_network_that_is_asked_for_is_the_candidates_too():
+    """Also the demo's, which is the default where nothing is said, but not on a folder."""
+    for name in ("bnf_resnet", "resnet18"):
+        asked = _asked(load_recipe("auto", ["data.source=photos", f"model.name={name}"]))
+        assert load_recipe("freeze_bn", asked).model.name == name
+    assert (
+        load_recipe("freeze_bn", _asked(load_recipe("auto", ["data.source=photos"]))).model.name == "resnet50.a1_in1k"
+    )
+    assert load_recipe("freeze_bn", _asked(load_recipe("auto"))).model.name == "bnf_resnet"
 
 
 def test_candidates_of_which_something_is_expected_come_in_the_order_of_the_advice():

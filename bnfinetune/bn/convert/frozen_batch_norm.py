@@ -46,7 +46,7 @@ def convert_frozen_bn(model: nn.Module, *, layers: Selection = "*", exclude: Sel
     Returns:
         The same model, or a new layer if the model itself is a BN layer.
 
-    Example:
+    Examples:
         >>> convert_frozen_bn(model, layers=nn.BatchNorm2d)
 
     Raises:

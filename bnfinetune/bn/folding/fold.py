@@ -94,7 +94,7 @@ def fold_bn(model: nn.Module, example_input: Example | None = None) -> nn.Module
     Returns:
         The same model: same Parameters, same `state_dict`. A change of a folded layer's policy unfolds it first.
 
-    Example:
+    Examples:
         >>> fold_bn(freeze_bn(model, affine=False))
 
     Raises:

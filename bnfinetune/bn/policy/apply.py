@@ -29,7 +29,7 @@ def apply_policy(model: nn.Module, policy: BNPolicy | Sequence[BNPolicy]) -> nn.
     Returns:
         The same model.
 
-    Example:
+    Examples:
         >>> apply_policy(model, [BNPolicy(train_stats="running", update_stats="none"),
         ...                      BNPolicy(train_stats="batch", update_stats="ema", layers="layer4.*")])
 
@@ -155,7 +155,7 @@ def frozen(
         layers: globs on qualified layer names.
         exclude: globs of layers to leave as they are.
 
-    Example:
+    Examples:
         >>> with frozen(model, layers="layer1.*"):
         ...     train_one_epoch(model)
 

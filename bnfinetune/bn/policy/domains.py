@@ -29,7 +29,7 @@ def domain(model: nn.Module, name: str | None) -> Iterator[nn.Module]:
         model: any module with BN layers, wrapped or not.
         name: a domain; None for the layers' own statistics, as outside of any context.
 
-    Example:
+    Examples:
         >>> apply_policy(model, BNPolicy(domains="target"))
         >>> with domain(model, "target"):
         ...     loss = loss_fn(model(target_images), target_labels)

@@ -79,7 +79,7 @@ class StatSnapshot:
     Args:
         model: any module with BN layers.
 
-    Example:
+    Examples:
         >>> snapshot = StatSnapshot(model)
         >>> for images, labels in loader:
         ...     snapshot.take()

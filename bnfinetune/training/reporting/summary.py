@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import resource
 import sys
 from collections.abc import Callable, Mapping
@@ -16,6 +14,7 @@ from rich.text import Text
 
 from bnfinetune.diagnose.finding import Findings
 from bnfinetune.diagnose.run_report import SHARES
+from bnfinetune.machine import software
 from bnfinetune.training.assembly import Assembly
 from bnfinetune.training.ending import Best
 from bnfinetune.training.measuring.metrics import Metrics
@@ -27,19 +26,16 @@ from bnfinetune.training.saving.atomic import in_words, write_json
 from bnfinetune.training.saving.run_folder import SUMMARY, UNREADABLE, RunFolder
 
 _SHOWN = SHARES | {"ece": "ECE", "loss": "loss"}
-_PACKAGES = ("bnfinetune", "torch", "torchvision", "timm", "accelerate", "datasets", "numpy", "safetensors")
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
     """Machine and versions, as far as they bear on the result."""
     device = accelerator.device
     return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
+        **software(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": accelerator.num_processes,
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
 
 

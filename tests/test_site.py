@@ -1,0 +1,99 @@
+"""The documentation site: nothing is missing, its pages are current, its tutorials run, and it needs no network."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import bnfinetune
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+TUTORIALS = DOCS / "tutorials"
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def pages_in(nav) -> list[str]:
+    if isinstance(nav, str):
+        return [nav]
+    return [page for part in (nav.values() if isinstance(nav, dict) else nav) for page in pages_in(part)]
+
+
+@pytest.fixture
+def api_pages(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    from make_api import pages
+
+    return pages()
+
+
+def test_every_public_name_has_a_place_in_the_reference(api_pages):
+    text = "\n".join(api_pages.values())
+    places = re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE)
+    assert sorted(places) == sorted(f"{bnfinetune._HOMES[name]}.{name}" for name in bnfinetune.__all__)
+
+
+def test_the_reference_of_python_is_current(api_pages):
+    written = {path: path.read_text(encoding="utf-8") for path in (DOCS / "reference/api").glob("*.md")}
+    assert written == api_pages, "run python docs/make_api.py"
+
+
+def test_every_page_stands_in_the_navigation_once():
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    named = pages_in(settings["nav"])
+    there = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    assert len(named) == len(set(named))
+    assert set(named) == {page for page in there if not re.fullmatch(r"checks/BN\d+\.md", page)}
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_reaches_for_nothing(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("material")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = list((tmp_path / "site").rglob("*.html"))
+    assert len(found) > 70
+    loads = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"?((?:https?:)?//[^\" >]+)")
+    for page in found:
+        assert not loads.findall(page.read_text(encoding="utf-8")), page
+
+
+@pytest.mark.slow
+def test_the_loop_of_the_tutorial_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = TUTORIALS / "your_loop.md"
+    names: dict[str, object] = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), names)
+    out = capsys.readouterr().out
+    moved = float(re.search(r"statistics moved by (\S+)", out)[1])
+    assert moved > 0
+    assert "BN101" in out
+    assert "precise BN (pooled): 15 layers from 200 samples" in out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_lines_of_the_photo_tutorial_run(tmp_path):
+    page = TUTORIALS / "your_photos.md"
+    python = blocks(page, "python")
+    script = "\n".join(["set -e", *(f"python - <<'END'\n{block}\nEND" for block in python[:1]), *blocks(page, "bash")])
+    bin_folder = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=1700
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "runs/auto/best/model.safetensors").is_file()
+    assert (tmp_path / "inspect.html").is_file()
+    assert "digit-" in done.stdout.splitlines()[-1]
