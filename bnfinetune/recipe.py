@@ -327,9 +327,10 @@ class Optim(Section):
     """timm's optimizers by name, and which parameters decay."""
 
     name: str = Field(default="adamw", min_length=1, description="any timm optimizer")
-    lr: AboveZero = Field(
-        default=1e-3,
-        description="peak learning rate, which layer_decay scales down and head_lr_scale scales for the head",
+    lr: AboveZero | Literal["auto"] = Field(
+        default="auto",
+        description="peak learning rate, which layer_decay scales down and head_lr_scale scales for the head; "
+        "auto: 1e-3, but 3e-4 sqrt(images of an update / 16) where an Adam fine-tunes a pretrained network on data of your own",
     )
     weight_decay: Rate = Field(default=0.05, description="weight decay of everything that decays")
     norm_decay: bool = Field(default=False, description="decay the weights and biases of normalisation layers too")

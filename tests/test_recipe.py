@@ -120,7 +120,7 @@ class TestSchema:
     @pytest.mark.parametrize(
         ("path", "allowed"),
         [
-            ("optim.lr", "number > 0"),
+            ("optim.lr", "number > 0 | auto"),
             ("data.val_fraction", "number > 0, < 1"),
             ("data.train_samples", "whole number >= 1 | null"),
             ("bn.affine", "trained | frozen | null"),
@@ -276,7 +276,7 @@ class TestMerging:
     def test_differences_name_dotted_keys_with_both_values(self):
         one, two = load_recipe("full"), load_recipe("full", ["optim.lr=0.5", "model.kwargs.a=1", "data.val_split=x"])
         assert diff_recipes(one, two) == {
-            "optim.lr": (0.001, 0.5),
+            "optim.lr": ("auto", 0.5),
             "model.kwargs.a": (None, 1),
             "model.kwargs": ({}, None),
             "data.val_split": (None, "x"),
@@ -290,9 +290,11 @@ class TestMessages:
     def test_a_mistake_in_a_file_names_the_file_that_made_it(self, write):
         low = write("low.yaml", "optim: {lr: fast}")
         top = write("top.yaml", f"base: {low}\ntrain: {{epochs: 2}}")
-        with pytest.raises(RecipeError, match=r"^optim\.lr: found 'fast' in \S*low\.yaml; allowed: number > 0$"):
+        with pytest.raises(
+            RecipeError, match=r"^optim\.lr: found 'fast' in \S*low\.yaml; allowed: number > 0 \| auto$"
+        ):
             load_recipe(top)
-        with pytest.raises(RecipeError, match=r"^optim\.lr: found 'slow'; allowed: number > 0$"):
+        with pytest.raises(RecipeError, match=r"^optim\.lr: found 'slow'; allowed: number > 0 \| auto$"):
             load_recipe(top, ["optim.lr=slow"])
 
     def test_the_first_mistake_is_told_and_the_others_counted(self):

@@ -20,6 +20,7 @@ from bnfinetune.training.loop.trainer import Trainer
 from bnfinetune.training.network.backbone import build_backbone, input_config, restrict_training
 from bnfinetune.training.network.hub import cache_if_unreachable
 from bnfinetune.training.network.norms import convert_recipe_norms, norm_config
+from bnfinetune.training.network.optim import with_rate
 from bnfinetune.training.network.policies import apply_recipe_policies
 from bnfinetune.training.network.shapes import set_format, smallest_batch
 from bnfinetune.training.saving.run_folder import RunFolder
@@ -79,6 +80,7 @@ def assemble(
             f"recipe={recipe.name} compares {', '.join(recipe.auto.recipes)}: name one of these, or train by "
             f"`bnfinetune recipe={recipe.name}`, which is bnf.finetune_auto in Python"
         )
+    recipe = with_rate(recipe, accelerator.num_processes)
     splits = recipe_splits(recipe, accelerator)
     seed_ranks(recipe.run)
     model = on_main(accelerator, lambda: _backbone(recipe.model, splits.class_names))

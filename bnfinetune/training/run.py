@@ -31,6 +31,7 @@ from bnfinetune.training.launch import (
 from bnfinetune.training.loop.memory import enough_memory
 from bnfinetune.training.measuring.measurer import Measurer
 from bnfinetune.training.measuring.metrics import Metrics
+from bnfinetune.training.network.optim import with_rate
 from bnfinetune.training.pauses import Pauses
 from bnfinetune.training.probe.features import features_or_images
 from bnfinetune.training.reporting.headline import checked, headline
@@ -134,4 +135,4 @@ def _train(recipe: Recipe, accelerator: Accelerator, lock: RunLock, say: Lines, 
 def _settled(recipe: Recipe, accelerator: Accelerator) -> Recipe:
     """The recipe with what it leaves to the launcher, as the run will go by it."""
     train = recipe.train.model_copy(update={"mixed_precision": accelerator.mixed_precision})
-    return recipe.model_copy(update={"train": train})
+    return with_rate(recipe.model_copy(update={"train": train}), accelerator.num_processes)

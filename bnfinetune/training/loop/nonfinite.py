@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bnfinetune.bn.statistics.precise import evaluation_mode
 from bnfinetune.recipe import Recipe
 from bnfinetune.training.loop.progress import Progress
+from bnfinetune.training.network.optim import rate_of
 
 
 def likely_cause(
@@ -35,7 +36,7 @@ def likely_cause(
         return f"{images - exact} of the last {images} images alone give it: look for broken images; {last}"
     if progress.skipped == progress.update:
         return "no update has ever gone through: look at the weights it starts from (model.checkpoint) and at the data"
-    return f"most likely optim.lr={recipe.optim.lr:g} is too high: lower it, or set optim.clip_grad; {last}"
+    return f"most likely optim.lr={rate_of(recipe.optim):g} is too high: lower it, or set optim.clip_grad; {last}"
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
@@ -17,8 +18,13 @@ from torch import nn
 
 from bnfinetune.bn.layers import is_bn_layer, unwrap
 from bnfinetune.errors import PolicyError, RecipeError, did_you_mean
-from bnfinetune.recipe import Optim, Schedule
+from bnfinetune.recipe import DEMO_MODEL, Optim, Recipe, Schedule
 from bnfinetune.training.network.head import head_parameters
+
+PLAIN_RATE = 1e-3
+"""What `optim.lr=auto` is where nothing pretrained is at stake."""
+
+_TUNING_RATE, _TUNING_IMAGES = 3e-4, 16  # of docs/transfer.md
 
 _TORCH_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -152,6 +158,32 @@ def describe_groups(groups: Iterable[dict[str, Any]]) -> list[str]:
     ]
 
 
+def rate_of(optim: Optim) -> float:
+    """The peak learning rate of a section."""
+    return PLAIN_RATE if optim.lr == "auto" else optim.lr
+
+
+def with_rate(recipe: Recipe, ranks: int) -> Recipe:
+    """A recipe with a number in the place of `optim.lr=auto`.
+
+    Steps of Adam are as long as the rate, however small the gradient, and the noisier the fewer images an update has: a
+    pretrained network with fixed statistics does not survive many of 3e-4 by two images, or of 1e-3 by eight.
+
+    Args:
+        recipe: As it was written.
+        ranks: Processes, whose images together make an update.
+    """
+    optim, train, model = recipe.optim, recipe.train, recipe.model
+    if optim.lr != "auto":
+        return recipe
+    rate = PLAIN_RATE
+    if (model.pretrained or model.checkpoint is not None) and model.name != DEMO_MODEL and "adam" in optim.name.lower():
+        images = train.batch_size * train.grad_accum * ranks
+        rate = min(_TUNING_RATE * math.sqrt(images / _TUNING_IMAGES), PLAIN_RATE)
+    settled = optim.model_copy(update={"lr": float(f"{rate:.3g}")})
+    return recipe.model_copy(update={"optim": settled})
+
+
 def build_optimizer(model: nn.Module, optim: Optim, *, scaled: bool = False) -> torch.optim.Optimizer:
     """timm's optimizer of that name over `param_groups`.
 
@@ -174,14 +206,14 @@ def build_optimizer(model: nn.Module, optim: Optim, *, scaled: bool = False) -> 
         optim.weight_decay,
         norm_decay=optim.norm_decay,
         bias_decay=optim.bias_decay,
-        lr=optim.lr,
+        lr=rate_of(optim),
         layer_decay=optim.layer_decay,
         head_lr_scale=optim.head_lr_scale,
     )
     try:
         options = _fused(optim, scaled) | optim.kwargs
         optimizer = timm.optim.create_optimizer_v2(
-            groups, opt=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, **options
+            groups, opt=optim.name, lr=rate_of(optim), weight_decay=optim.weight_decay, **options
         )
     except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(f"optim.name={optim.name} with optim.kwargs={optim.kwargs}: {error}") from error

@@ -18,6 +18,7 @@ from bnfinetune.training.ending import Best
 from bnfinetune.training.launch import GlobalBatch
 from bnfinetune.training.loop.trainer import Trainer
 from bnfinetune.training.measuring.mistakes import pictures, told
+from bnfinetune.training.network.optim import rate_of
 from bnfinetune.training.record import Record
 from bnfinetune.training.saving.atomic import write_json, write_text
 from bnfinetune.training.saving.run_folder import RunFolder
@@ -60,11 +61,12 @@ def _settings(trainer: Trainer) -> dict[str, str]:
     recipe, progress, device = trainer.recipe, trainer.progress, trainer.accelerator.device
     optim, batch = recipe.optim, GlobalBatch.of(recipe, trainer.accelerator.num_processes)
     threads = torch.get_num_threads()
-    rate = f"{progress.rate:,.0f} images/s" if progress.images else "no update"
+    speed = f"{progress.rate:,.0f} images/s" if progress.images else "no update"
+    rate = f"learning rate {rate_of(optim):g} ({optim.schedule.name})"
     return {
         "updates": f"{progress.update} in {progress.epoch} epochs, batches of {batch}",
-        "optimizer": f"{optim.name}, learning rate {optim.lr:g} ({optim.schedule.name}), decay {optim.weight_decay:g}",
-        "time": f"{progress.time:,.1f} s in updates, {rate}",
+        "optimizer": f"{optim.name}, {rate}, decay {optim.weight_decay:g}",
+        "time": f"{progress.time:,.1f} s in updates, {speed}",
         "whole run": str(trainer.clock),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {threads}",
         "precision": {"no": "float32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision),

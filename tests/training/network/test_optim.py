@@ -9,7 +9,8 @@ from torch import nn
 
 from bnfinetune.errors import PolicyError, RecipeError
 from bnfinetune.recipe import Optim, Schedule
-from bnfinetune.training.network.optim import build_optimizer, build_schedule, check_groups, param_groups
+from bnfinetune.recipe_files import load_recipe
+from bnfinetune.training.network.optim import build_optimizer, build_schedule, check_groups, param_groups, with_rate
 
 FAMILIES = ["resnet18", "efficientnet_b0", "convnext_atto", "vit_tiny_patch16_224"]
 
@@ -123,6 +124,31 @@ def test_an_unknown_optimizer_names_the_nearest():
 def test_steps_are_one_kernel_where_torch_has_one(optim, fused):
     assert build_optimizer(nn.Linear(2, 2), optim).param_groups[0].get("fused") is fused
     assert not build_optimizer(nn.Linear(2, 2), optim, scaled=True).param_groups[0].get("fused")
+
+
+PHOTOS = {"data.source": "photos", "model.name": "resnet18"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "rate"),
+    [
+        ({}, 1, 1e-3),  # the demo
+        (PHOTOS | {"train.batch_size": 16}, 1, 3e-4),
+        (PHOTOS | {"train.batch_size": 2}, 1, 1.06e-4),
+        (PHOTOS | {"train.batch_size": 2, "train.grad_accum": 4}, 2, 3e-4),
+        (PHOTOS | {"train.batch_size": 512}, 1, 1e-3),
+        (PHOTOS | {"train.batch_size": 16, "optim.lr": 0.02}, 1, 0.02),
+        (PHOTOS | {"train.batch_size": 2, "optim.name": "sgd"}, 1, 1e-3),
+        (PHOTOS | {"train.batch_size": 2, "model.pretrained": False}, 1, 1e-3),
+        (PHOTOS | {"train.batch_size": 16, "model.pretrained": False, "model.checkpoint": "w.pth"}, 1, 3e-4),
+    ],
+)
+def test_the_rate_follows_the_images_of_an_update_where_pretrained_weights_are_at_stake(changes, ranks, rate):
+    recipe = with_rate(load_recipe("freeze_bn", changes), ranks)
+    assert recipe.optim.lr == rate
+    assert with_rate(recipe, 1) == recipe
+    groups = build_optimizer(nn.Linear(2, 2), recipe.optim).param_groups
+    assert {group["lr"] for group in groups} == {rate}
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant", "step", "multistep", "tanh", "poly"])
