@@ -31,6 +31,7 @@ from tests.bench.transfer.ways import Cell, run
 
 WAYS = (
     *("auto", "full", "freeze_bn", "freeze_stats", "precise_bn", "precise_then_freeze", "bn_only", "lp_ft"),
+    *("full optim.lr=3e-4", "freeze_bn optim.lr=3e-4", "precise_then_freeze optim.lr=3e-4"),  # as peers at batches of 2
     *("linear_probe", "freeze_tail", "stoch_norm", "plain PyTorch", "HF Trainer", "timm train.py"),
 )
 FEW = (

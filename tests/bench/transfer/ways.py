@@ -75,7 +75,7 @@ def _ours(cell: Cell, folder: Path) -> tuple[float, float]:
     recipe, *changes = cell.way.split()
     overrides = [
         *(f"model.name=local-dir:{cell.backbone}", f"data.source={cell.task}", f"data.image_size={SIZE}"),
-        *(f"train.epochs={EPOCHS}", f"train.batch_size={cell.batch}", f"optim.lr={LEARNING_RATE}", "data.workers=0"),
+        *(f"train.epochs={EPOCHS}", f"train.batch_size={cell.batch}", "data.workers=0"),
         *(f"optim.weight_decay={WEIGHT_DECAY}", f"run.dir={folder}/run", f"run.seed={cell.seed}", "run.report=false"),
         "model.channels_last=true",  # the same numbers, a quarter sooner
         *changes,
