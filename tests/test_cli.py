@@ -191,7 +191,7 @@ class TestBadInput:
     def test_comes_out_of_the_module_the_same_way(self, folder):
         done = run_cli("recipe=full", "optim.lr=0")
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr == "bnfinetune: error: optim.lr: found 0; allowed: number > 0\n"
+        assert done.stderr == "bnfinetune: error: optim.lr: found 0; allowed: number > 0 | auto\n"
 
     def test_cannot_paint_the_terminal(self, capfd):
         assert main(["recipe=full", "\x1b[31mred=1"]) == 2
@@ -325,7 +325,7 @@ class TestDispatch:
                 yield {"path": path, **ranked[0], "top": ranked}
 
         rooms = {
-            "training.run": {"train": calls.append},
+            "training.run": {"train": lambda recipe, began: calls.append(recipe)},
             "training.launch": {"leave_ranks": lambda: None},
             "training.measuring.measure": {
                 "evaluate_checkpoint": lambda *words: calls.append(words) or {"test": Scores(0.5)}

@@ -70,7 +70,7 @@ class TestHelp:
         assert main(["help", "optim.lr"]) == 0
         out = " ".join(capsys.readouterr().out.split())
         assert out.startswith("optim.lr meaning peak learning rate")
-        assert "values number > 0 default 0.001 recipes bn_only 0.01" in out
+        assert "values number > 0 | auto default auto recipes bn_only 0.01" in out
 
     @pytest.mark.parametrize("name", shipped_recipes())
     def test_of_a_key_names_every_recipe_that_sets_it(self, name, capsys):

@@ -29,7 +29,7 @@ Pixels = NDArray[np.uint8]
 
 
 class DecodedImages:
-    """A temporary folder of decoded images; it goes with the process that made it.
+    """A temporary folder of decoded images; it goes when it is closed, or with the process that made it.
 
     Args:
         budget: bytes that it may take; never more than half of what the disk has left.
@@ -52,6 +52,12 @@ class DecodedImages:
             weakref.finalize(self, _remove, self.folder, os.getpid())
         return Shelf(self, name, images)
 
+    def close(self) -> None:
+        """Remove the folder; what is asked for from now on is made anew."""
+        if self.folder is not None:
+            _remove(self.folder, os.getpid())
+            self.folder = None
+
 
 class Shelf:
     """Images of one kind, made once by whichever process is first asked for them; pickled, it is the same place."""
@@ -71,7 +77,7 @@ class Shelf:
 
         Nothing is kept of a set that does not fit as a whole, to judge by the first image that this process makes.
         """
-        if self._fits is False:
+        if self._fits is False or self._home.folder is None:
             return make()
         self._open()
         if (entry := int(self._index[number])) != 0:

@@ -196,6 +196,7 @@ class Loaders:
         augmented_stats: As `stats`, but augmented as in training, the same in every iteration.
         targets: The images of `validation` and, where there is one, `test` to adapt to without their labels:
             shuffled, since stored order is often sorted by class, the same in every iteration.
+        decoded: What these loaders have decoded already.
     """
 
     train: TrainLoader
@@ -204,6 +205,7 @@ class Loaders:
     stats: ImageLoader
     augmented_stats: ImageLoader
     targets: Mapping[str, ImageLoader]
+    decoded: DecodedImages
 
     @property
     def measured(self) -> dict[str, EvalLoader]:
@@ -216,9 +218,10 @@ class Loaders:
         return list(dict.fromkeys(line for loader in self._all() for line in loader.skipped))
 
     def close(self) -> None:
-        """End all loader processes; call it when a run is over, whatever its end."""
+        """End all loader processes, and forget what they decoded; call it when a run is over, whatever its end."""
         for loader in self._all():
             loader.close()
+        self.decoded.close()
 
     def _all(self) -> list[ImageLoader]:
         loaders = [self.train, self.val, self.test, self.stats, self.augmented_stats, *self.targets.values()]
@@ -279,6 +282,7 @@ def build_loaders(
             for name, role, split in (("validation", "val", splits.val), ("test", "test", splits.test))
             if split is not None
         },
+        decoded=kit.decoded,
     )
 
 

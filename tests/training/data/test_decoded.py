@@ -58,7 +58,7 @@ def ask_for_all(shelf, made):
         assert np.array_equal(shelf.get(number, make), image(number))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_processes_share_what_they_decode(method):
     context = multiprocessing.get_context(method)
     shelf, made = DecodedImages(MIB).shelf("train", IMAGES), context.Value("i", 0)
@@ -133,6 +133,12 @@ def test_the_folder_goes_with_its_process_and_with_nobody_elses(tmp_path):
     child.start()
     child.join()
     assert folder.is_dir()
+    home.close()
+    assert not folder.exists()
+    assert np.array_equal(shelf.get(1, lambda: image(1)), image(1))
+
+    home = DecodedImages(MIB)
+    shelf, folder = home.shelf("train", 2), home.folder
     del home, shelf
     gc.collect()
     assert not folder.exists()
