@@ -15,6 +15,8 @@ Scores = dict[str, dict[str, dict[str, float]]]
 ADVISED, ADVISED_OF_FEW = "precise_then_freeze", "lp_ft"
 """What `recommend` says of such sets, which all else is compared with."""
 
+_ENOUGH = 6  # pairs
+
 
 def measured(batch: int, what: str) -> Scores:
     """All results for one batch size: `top1` on test images, or the `seconds` that a run took."""
@@ -64,10 +66,15 @@ def _cells(found: Scores, way: str) -> Iterator[str]:
 
 
 def _compared(found: Scores, way: str, reference: str) -> list[str]:
-    """The mean difference to the reference over tasks, backbones and seeds, with its 95 % confidence interval."""
+    """The mean difference to the reference over tasks, backbones and seeds, with its 95 % confidence interval.
+
+    Of a handful of pairs, an interval would say nothing.
+    """
     differences = list(_differences(found, way, reference))
-    if way == reference or len(differences) < 2:
+    if way == reference or not differences:
         return ["-"]
+    if len(differences) < _ENOUGH:
+        return [f"{mean(differences):+.1f} (of {len(differences)})"]
     low, high = ttest_1samp(differences, 0.0).confidence_interval()
     return [f"{mean(differences):+.1f} ({low:+.1f} to {high:+.1f})"]
 
