@@ -171,8 +171,9 @@ class _Lab:
         with recording(self.layers) as recorders:
             batch = self._outputs(self.sample.sizes)
         batches = drain(recorders)
-        if len(self._chunks()) == 1:
-            self._reference = by_own  # normalised by the statistics of the whole sample already
+        rows = [as_trained.of(name) for name in self.layers]
+        if len(self._chunks()) == 1 and all(seen is None or len(seen.counts) <= len(by_own) for seen in rows):
+            self._reference = by_own  # normalised by the statistics of the whole sample already, each layer once
         else:
             with _statistics(self.layers, as_trained):
                 self._reference = self._outputs()

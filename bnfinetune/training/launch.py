@@ -74,9 +74,9 @@ def keep_freed_memory() -> None:
     are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
-            mallopt(option, 2**31 - 1)
+    # glibc before 2.35 takes no more; with the second option alone, it would map and unmap every larger block
+    if mallopt is not None and (mallopt(_MMAP_THRESHOLD, 2**31 - 1) or mallopt(_MMAP_THRESHOLD, 2**25)):
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class OwnAccelerator(Accelerator):  # type: ignore[misc]

@@ -38,7 +38,7 @@ from bnfinetune.training.reporting.headline import checked, headline
 from bnfinetune.training.reporting.lines import LOG, Lines, shown_progress
 from bnfinetune.training.reporting.summary import environment, write_report
 from bnfinetune.training.saving.lock import RunLock
-from bnfinetune.training.saving.resume import choose_run
+from bnfinetune.training.saving.resume import choose_run, with_saved_choices
 from bnfinetune.training.stopwatch import Stopwatch
 
 
@@ -135,4 +135,5 @@ def _train(recipe: Recipe, accelerator: Accelerator, lock: RunLock, say: Lines, 
 def _settled(recipe: Recipe, accelerator: Accelerator) -> Recipe:
     """The recipe with what it leaves to the launcher, as the run will go by it."""
     train = recipe.train.model_copy(update={"mixed_precision": accelerator.mixed_precision})
-    return with_rate(recipe.model_copy(update={"train": train}), accelerator.num_processes)
+    recipe = with_saved_choices(recipe.model_copy(update={"train": train}), accelerator)
+    return with_rate(recipe, accelerator.num_processes)

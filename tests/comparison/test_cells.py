@@ -54,7 +54,7 @@ def test_a_file_may_name_cells(tmp_path):
     path.write_text("frozen: {recipe: freeze_bn}\nlive, slow: {recipe: full, optim.lr: 1.0e-4}\n")
     cells = cells_in(str(path), ["train.epochs=2"])
     assert [(cell.name, cell.recipe.optim.lr, cell.recipe.train.epochs) for cell in cells] == [
-        ("frozen", 1e-3, 2),
+        ("frozen", "auto", 2),
         ("live, slow", 1e-4, 2),
     ]
     path.write_text("frozen: freeze_bn\n")

@@ -23,7 +23,7 @@ from bnfinetune.training.measuring import measurer
 from bnfinetune.training.measuring.measurer import Measurer
 from bnfinetune.training.measuring.metrics import Tally
 from bnfinetune.training.run import finetune
-from bnfinetune.training.saving import atomic, export, states
+from bnfinetune.training.saving import atomic, states, timm_folder
 
 # A run with a state of every kind: averaged weights, dropout, mixup, accumulation, re-estimated statistics.
 OPTIONS = {
@@ -45,7 +45,7 @@ OPTIONS = {
 PHASES = {
     "evaluation": [(Measurer, "measure")],
     "re-estimation": [(measurer, "recalibrate")],
-    "saving": [(owner, "write_folder") for owner in (states, export)],
+    "saving": [(owner, "write_folder") for owner in (states, timm_folder)],
     "finish": [(run, name) for name in ("measure_best", "write_report")],
 }
 # Whose beginnings and ends are the moments at which a run is killed.
@@ -56,8 +56,8 @@ MOMENTS = [
     *((os, name) for name in ("fsync", "rename", "replace", "mkdir")),
     (shutil, "rmtree"),
     (torch, "save"),
-    *((owner, "save_tensors") for owner in (states, export)),
-    (export, "save_config_for_hf"),
+    *((owner, "save_tensors") for owner in (states, timm_folder)),
+    (timm_folder, "save_config_for_hf"),
     (pauses, "append_line"),
 ]
 

@@ -1,4 +1,4 @@
-"""Decoded images that all loader processes of a rank share, so that from the second epoch on no file is decoded.
+"""Decoded images that the loader processes of a rank share, so that from the second epoch on no file is decoded.
 
 Each process appends what it decodes to a file of its own, and then enters where it lies into an index that all of them
 map: one number per image, written in one piece, so that nobody waits for anybody. What two processes decode at the same
@@ -7,7 +7,9 @@ time is kept twice, and either is right.
 
 from __future__ import annotations
 
+import glob
 import os
+import platform
 import shutil
 import tempfile
 import weakref
@@ -15,7 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 import psutil
@@ -36,8 +38,9 @@ class DecodedImages:
     """
 
     def __init__(self, budget: int) -> None:
-        self.budget = min(budget, shutil.disk_usage(tempfile.gettempdir()).free // 2)
+        self.budget = min(budget, shutil.disk_usage(tempfile.gettempdir()).free // 2) if budget else 0
         self.folder: Path | None = None
+        self._opened: list[dict[int, BinaryIO]] = []
 
     def shelf(self, name: str, images: int) -> Shelf:
         """A place for images that are numbered from 0; the same name gives the same place.
@@ -48,27 +51,42 @@ class DecodedImages:
         """
         if self.folder is None and self.budget:
             _sweep()
-            self.folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+            self.folder = Path(tempfile.mkdtemp(prefix=f"{_prefix()}{os.getpid()}-"))
             weakref.finalize(self, _remove, self.folder, os.getpid())
-        return Shelf(self, name, images)
+        shelf = Shelf(self, name, images)
+        self._opened.append(shelf.files)
+        return shelf
 
     def close(self) -> None:
         """Remove the folder; what is asked for from now on is made anew."""
         if self.folder is not None:
             _remove(self.folder, os.getpid())
             self.folder = None
+        for files in self._opened:
+            for file in files.values():
+                file.close()
+            files.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs to find the folder."""
+        return {**vars(self), "_opened": []}
 
 
 class Shelf:
-    """Images of one kind, made once by whichever process is first asked for them; pickled, it is the same place."""
+    """Images of one kind, made once by whichever process is first asked for them; pickled, it is the same place.
+
+    Attributes:
+        files: Open in this process, by the number of who wrote them.
+    """
 
     def __init__(self, home: DecodedImages, name: str, images: int) -> None:
         self._home, self._name, self._images = home, name, images
         self._fits: bool | None = None if home.folder is not None and images else False
         self._process: int | None = None
         self._index: Any = None
-        self._files: dict[int, int] = {}
-        self._own, self._end = 0, 0
+        self._own: int | None = None  # number of the file that this process writes
+        self._full = False
+        self.files: dict[int, BinaryIO] = {}
         if self._fits is None and not self._index_path.exists():
             np.zeros(images, dtype=np.uint64).tofile(self._index_path)
 
@@ -79,20 +97,21 @@ class Shelf:
         """
         if self._fits is False or self._home.folder is None:
             return make()
-        self._open()
-        if (entry := int(self._index[number])) != 0:
-            return self._read(entry >> _OFFSET_BITS, entry & ((1 << _OFFSET_BITS) - 1))
+        with suppress(OSError, ValueError):  # what somebody has removed from the folder is decoded again
+            self._open()
+            if (entry := int(self._index[number])) != 0:
+                return self._read(entry >> _OFFSET_BITS, entry & ((1 << _OFFSET_BITS) - 1))
         pixels = make()
         if self._fits is None:
             self._fits = pixels.nbytes * self._images <= self._home.budget
-        if self._fits:
-            with suppress(OSError):  # a full disk: then it is decoded again
+        if self._fits and not self._full and self._index is not None:
+            with suppress(OSError):  # a full disk
                 self._keep(number, pixels)
         return pixels
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs to find the place."""
-        return {**vars(self), "_process": None, "_index": None, "_files": {}}
+        return {**vars(self), "_process": None, "_index": None, "_own": None, "files": {}}
 
     @property
     def _folder(self) -> Path:
@@ -106,34 +125,39 @@ class Shelf:
     def _open(self) -> None:
         """Map the index in this process; what it inherited by a fork is its parent's."""
         if self._process != os.getpid():
-            self._process, self._files, self._own = os.getpid(), {}, 0
+            if self._process is not None:
+                self.files = {}
             self._index = np.memmap(self._index_path, dtype=np.uint64, mode="r+", shape=(self._images,))
+            self._process, self._own = os.getpid(), None
 
     def _read(self, writer: int, offset: int) -> Pixels:
-        if writer not in self._files:
-            self._files[writer] = os.open(self._path(writer), os.O_RDONLY)
-        height, width, channels = np.frombuffer(os.pread(self._files[writer], 3 * _SHAPE.itemsize, offset), _SHAPE)
-        size = int(height) * int(width) * int(channels)
-        found = os.pread(self._files[writer], size, offset + 3 * _SHAPE.itemsize)
+        if writer not in self.files:
+            self.files[writer] = self._path(writer).open("r+b", buffering=0)
+        file = self.files[writer].fileno()
+        height, width, channels = np.frombuffer(os.pread(file, 3 * _SHAPE.itemsize, offset), _SHAPE)
+        found = os.pread(file, int(height) * int(width) * int(channels), offset + 3 * _SHAPE.itemsize)
         return np.frombuffer(found, np.uint8).reshape(height, width, channels)
 
     def _keep(self, number: int, pixels: Pixels) -> None:
         """Append an image, and enter it when all of it is there."""
-        if not self._own:
-            self._own, self._files[0], self._end = *self._claim(), 0
         taken = sum(entry.stat().st_size for entry in os.scandir(self._folder))
-        if taken + pixels.nbytes > self._home.budget:
+        self._full = taken + pixels.nbytes > self._home.budget
+        if self._full:
             return
+        if self._own is None:
+            self._own = self._claim()
+        file = self.files[self._own]
         record = np.array(pixels.shape, _SHAPE).tobytes() + np.ascontiguousarray(pixels).tobytes()
-        begin, self._end = self._end, self._end + os.write(self._files[0], record)
-        if self._end - begin == len(record):
+        begin = file.seek(0, os.SEEK_END)
+        if file.write(record) == len(record):
             self._index[number] = (self._own << _OFFSET_BITS) | begin
 
-    def _claim(self) -> tuple[int, int]:
-        """A new file for this process alone: its number and its descriptor."""
+    def _claim(self) -> int:
+        """The number of a new file for this process alone."""
         for number in count(1):
             with suppress(FileExistsError):
-                return number, os.open(self._path(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+                self.files[number] = self._path(number).open("x+b", buffering=0)
+                return number
         raise AssertionError
 
     def _path(self, writer: int) -> Path:
@@ -145,9 +169,14 @@ def _remove(folder: Path, owner: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _prefix() -> str:
+    """What the folders of this machine's processes begin with, in a place that it may share with others."""
+    return f"{_PREFIX}{platform.node()}-"
+
+
 def _sweep() -> None:
-    """Remove what processes have left that were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        owner = folder.name.removeprefix(_PREFIX).partition("-")[0]
+    """Remove what processes of this machine have left that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{glob.escape(_prefix())}*"):
+        owner = folder.name.removeprefix(_prefix()).partition("-")[0]
         if owner.isdecimal() and not psutil.pid_exists(int(owner)):
             shutil.rmtree(folder, ignore_errors=True)

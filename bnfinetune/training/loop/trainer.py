@@ -34,7 +34,7 @@ from bnfinetune.training.loop.phases import Phase, planned_phases
 from bnfinetune.training.loop.progress import Progress, Status, rhythm_of, total_updates
 from bnfinetune.training.loop.requests import Asked, Requests, end_by
 from bnfinetune.training.measuring.recalibrate import recalibrate
-from bnfinetune.training.network.optim import build_optimizer, build_schedule, count_steps, regroup
+from bnfinetune.training.network.optim import build_optimizer, build_schedule, count_steps, match_formats, regroup
 from bnfinetune.training.network.shapes import input_format
 from bnfinetune.training.stopwatch import Stopwatch
 
@@ -426,6 +426,7 @@ class Trainer:
             ) from error
         for group, values in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(values)
+        match_formats(self.optimizer)
 
     def take_losses(self) -> dict[str, float | None]:
         """The mean training loss of an image since it was last asked for, and the present learning rate."""

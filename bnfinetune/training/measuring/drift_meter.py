@@ -86,9 +86,11 @@ class DriftMeter:
 def _sample(loaders: Loaders, domain: int | None, images: int) -> Tensor:
     """Some training images as evaluation sees them, read in this process so that no worker need start."""
     loader: Any = loaders.stats
-    picks = next(iter(loader.batch_sampler))[:images]
-    batch = loader.dataset.__getitems__(picks)
+    picks, domains = next(iter(loader.batch_sampler)), loader.dataset.domains
+    if domain is not None and domains is not None:
+        picks = [pick for pick in picks if domains[pick.number] == domain]
+    batch = loader.dataset.__getitems__(picks[:images])
     if isinstance(batch, Failure):  # what needs these images will say so, on all ranks alike
         return torch.empty(0)
     found: Tensor = loader.finish(batch.images)
-    return found if domain is None or batch.domains is None else found[batch.domains == domain]
+    return found

@@ -34,7 +34,7 @@ class Measurer:
         recipe, self.accelerator, self.loaders = trainer.recipe, trainer.accelerator, trainer.loaders
         self.recipe, self.num_classes, self._clock = recipe, trainer.num_classes, trainer.clock
         followed = trainer.evaluated if recipe.run.report else nn.Identity()
-        trained = trainer.updates * GlobalBatch.of(recipe, self.accelerator.num_processes).size
+        trained = trainer.updates * GlobalBatch.of(recipe, self.accelerator.num_processes).images
         with self._clock.part("statistics"):
             self._meter = DriftMeter(followed, self.loaders, self.accelerator, recipe.evaluated_domain_number, trained)
         self.drift_at_start = self._meter.start

@@ -282,6 +282,17 @@ def regroup(optimizer: torch.optim.Optimizer, model: nn.Module, optim: Optim, *,
     optimizer.param_groups[:] = fresh.param_groups
 
 
+def match_formats(optimizer: torch.optim.Optimizer) -> None:
+    """Store the state of every parameter in the memory format of the parameter, which fused steps rely on.
+
+    Loaded state keeps the format that it was saved in, such as that of another device.
+    """
+    for parameter, state in _stepped(optimizer).state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def count_steps(optimizer: torch.optim.Optimizer, note: Callable[[], None]) -> None:
     """Call `note` after each step that an optimizer makes."""
     _stepped(optimizer).register_step_post_hook(lambda *_: note())

@@ -27,13 +27,30 @@ _FREE_KEYS = {
         "run.track_every",
         "run.log_every",
         "data.workers",
+        "data.decoded_cache",
         "train.cache_dir",
         "train.cache_memory",
     ),
     *("train.resume", "train.resume_allow", "train.max_skipped", "train.auto_batch", "train.timeout_minutes"),
     *("checkpoint.keep", "checkpoint.every_steps", "checkpoint.every_minutes"),
 }
+_CHOSEN_KEYS = ("optim.lr", "model.channels_last")  # which a run settles for itself where they say `auto`
 _BATCH_KEYS = {"train.batch_size", "train.grad_accum"}  # with the number of ranks they make the global batch
+
+
+def with_saved_choices(recipe: Recipe, accelerator: Accelerator) -> Recipe:
+    """A recipe that goes on, with what the saved run had settled in the place of `auto`; alike on all ranks."""
+    return on_main(accelerator, lambda: _with_saved_choices(recipe))
+
+
+def _with_saved_choices(recipe: Recipe) -> Recipe:
+    resume = recipe.train.resume
+    saved = Path((recipe.run.dir if resume == "auto" else resume) or "") / RECIPE
+    if resume is None or not saved.is_file():
+        return recipe
+    differing = diff_recipes(recipe, load_recipe(str(saved)))
+    chosen = {key: differing[key][1] for key in _CHOSEN_KEYS if key in differing and differing[key][0] == "auto"}
+    return load_recipe(recipe, chosen) if chosen else recipe
 
 
 def choose_run(recipe: Recipe, accelerator: Accelerator, lock: RunLock) -> RunFolder:

@@ -4,10 +4,13 @@ import gc
 import multiprocessing
 import os
 import pickle
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -108,22 +111,47 @@ def test_the_budget_holds_whatever_the_first_image_promised():
         shelf.get(3, refuse)
 
 
-def test_a_full_disk_costs_time_and_nothing_else(monkeypatch):
+def test_a_full_disk_costs_time_and_nothing_else():
     shelf = DecodedImages(MIB).shelf("train", 2)
     shelf.get(0, lambda: image(0))
-    write = os.write
-    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[: len(data) // 2]))  # what was left
-    assert np.array_equal(shelf.get(1, lambda: image(1)), image(1))
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "write", full)
-    assert np.array_equal(shelf.get(1, lambda: image(1)), image(1))
-    monkeypatch.setattr(os, "write", write)
+    whole, limit = resource.getrlimit(resource.RLIMIT_FSIZE), home_size(shelf) + 20
+    with no_more_than(limit):  # the system writes a part, and then nothing
+        for _ in range(2):
+            assert np.array_equal(shelf.get(1, lambda: image(1)), image(1))
+    assert resource.getrlimit(resource.RLIMIT_FSIZE) == whole
     shelf.get(1, lambda: image(1))
     assert np.array_equal(shelf.get(1, refuse), image(1))
     assert np.array_equal(shelf.get(0, refuse), image(0))
+
+
+def home_size(shelf):
+    return max(path.stat().st_size for path in shelf._home.folder.iterdir())
+
+
+@contextmanager
+def no_more_than(size):
+    """No file of this process may grow beyond a size: for Python, a disk that is full."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_what_somebody_removes_is_decoded_again_and_no_file_stays_open():
+    home = DecodedImages(MIB)
+    shelf = home.shelf("train", 2)
+    shelf.get(0, lambda: image(0))
+    other = pickle.loads(pickle.dumps(shelf))
+    opened = len(os.listdir("/proc/self/fd"))
+    shutil.rmtree(home.folder)
+    for number in (0, 1, 1):
+        assert np.array_equal(other.get(number, lambda number=number: image(number)), image(number))
+    home.close()
+    assert len(os.listdir("/proc/self/fd")) < opened
+    assert np.array_equal(shelf.get(0, lambda: image(0)), image(0))
 
 
 def test_the_folder_goes_with_its_process_and_with_nobody_elses(tmp_path):
@@ -195,7 +223,11 @@ def test_batches_are_the_same_and_files_are_opened_once(workers, tmp_path, monke
 
 
 def test_nothing_is_swept_that_may_still_be_used(tmp_path):
-    for name in (f"{decoded._PREFIX}{os.getpid()}-x", f"{decoded._PREFIX}mine", "other"):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    ours, theirs = decoded._prefix(), f"{decoded._PREFIX}another-machine-"
+    for name in (f"{ours}{os.getpid()}-x", f"{ours}mine", f"{theirs}{gone.pid}-x", "other", f"{ours}{gone.pid}-x"):
         (tmp_path / name).mkdir()
     decoded._sweep()
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
+    assert not (tmp_path / f"{ours}{gone.pid}-x").exists()

@@ -10,8 +10,16 @@ from torch import nn
 from bnfinetune.errors import PolicyError, RecipeError
 from bnfinetune.recipe import Optim, Schedule
 from bnfinetune.recipe_files import load_recipe
-from bnfinetune.training.network.optim import build_optimizer, build_schedule, check_groups, param_groups, with_rate
+from bnfinetune.training.network.optim import (
+    build_optimizer,
+    build_schedule,
+    check_groups,
+    match_formats,
+    param_groups,
+    with_rate,
+)
 
+PLAIN, LAST = torch.contiguous_format, torch.channels_last
 FAMILIES = ["resnet18", "efficientnet_b0", "convnext_atto", "vit_tiny_patch16_224"]
 
 
@@ -124,6 +132,36 @@ def test_an_unknown_optimizer_names_the_nearest():
 def test_steps_are_one_kernel_where_torch_has_one(optim, fused):
     assert build_optimizer(nn.Linear(2, 2), optim).param_groups[0].get("fused") is fused
     assert not build_optimizer(nn.Linear(2, 2), optim, scaled=True).param_groups[0].get("fused")
+
+
+@pytest.mark.parametrize("name", ["adamw", "lookahead_adamw", "sgd"])
+@pytest.mark.parametrize("formats", [(PLAIN, LAST), (LAST, PLAIN)])
+def test_state_of_another_memory_format_is_taken_over_as_values(name, formats):
+    before, after = formats
+    optim = Optim(name=name, lr=0.01, kwargs={"momentum": 0.9} if name == "sgd" else {})
+
+    def network(memory_format):
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
+        return model, build_optimizer(model, optim)
+
+    def steps(model, optimizer, seeds):
+        for seed in seeds:
+            torch.manual_seed(seed)
+            model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, theirs = network(after)
+    steps(whole, theirs, range(6))
+    half, ours = network(before)
+    steps(half, ours, range(3))
+    model, optimizer = network(after)
+    model.load_state_dict(half.state_dict())
+    optimizer.load_state_dict(ours.state_dict())
+    match_formats(optimizer)
+    steps(model, optimizer, range(3, 6))
+    torch.testing.assert_close(model.weight, whole.weight, rtol=1e-4, atol=1e-5)
 
 
 PHOTOS = {"data.source": "photos", "model.name": "resnet18"}
