@@ -6,12 +6,16 @@ import signal
 import time
 
 import pytest
+from accelerate import Accelerator
 
 import bnfinetune as bnf
 from bnfinetune.errors import CheckpointError, RecipeError
+from bnfinetune.recipe_files import diff_recipes, dump_recipe, load_recipe
 from bnfinetune.training.loop.trainer import Trainer
 from bnfinetune.training.run import finetune
 from bnfinetune.training.saving.lock import LOCK, RunLock
+from bnfinetune.training.saving.resume import with_saved_choices
+from bnfinetune.training.saving.timm_folder import RECIPE
 from tests.training.killing import OPTIONS, Kill, train_until
 from tests.training.loop.test_guard import settings
 from tests.training.support import leave_out_ending, write_images
@@ -213,3 +217,17 @@ def test_the_state_says_what_it_is(begun, tmp_path):
     assert len(fingerprint) == 32
     assert state == {"update": 2, "epoch": 0, "ranks": 1, "batch_size": 6, "grad_accum": 1}
     assert bnf.finetune("full", **begun).history
+
+
+def test_what_a_run_settled_for_itself_holds_when_it_goes_on(tmp_path):
+    saved = load_recipe("freeze_bn", {"optim.lr": 0.002, "model.channels_last": False})
+    (tmp_path / RECIPE).write_text(dump_recipe(saved))
+    going_on = {"run.dir": str(tmp_path), "train.resume": "auto"}
+    one, accelerator = load_recipe("freeze_bn", going_on), Accelerator(cpu=True)
+    taken = with_saved_choices(one, accelerator)
+    assert (taken.optim.lr, taken.model.channels_last) == (0.002, False)
+    assert diff_recipes(one, taken).keys() == {"optim.lr", "model.channels_last"}
+    given = load_recipe("freeze_bn", going_on | {"optim.lr": 0.1, "model.channels_last": True})
+    assert with_saved_choices(given, accelerator) == given
+    anew = load_recipe("freeze_bn", {"run.dir": str(tmp_path)})
+    assert with_saved_choices(anew, accelerator) == anew
