@@ -2,26 +2,17 @@
 
 from pathlib import Path
 
-import timm
 import torch
 
-from bnfinetune.bn.layers import find_bn_layers
 from bnfinetune.recipe_files import dump_recipe, load_recipe
 from bnfinetune.training.network.backbone import input_config
 from bnfinetune.training.saving.timm_folder import save_timm_folder
-from tests.training.support import CLASSES
+from tests.training.support import CLASSES, random_network
 
 
 def network(name: str, classes: int = 3, seed: int = 0, **kwargs) -> torch.nn.Module:
     """A timm network whose every BN layer does something, in evaluation mode."""
-    torch.manual_seed(seed)
-    model = timm.create_model(name, num_classes=classes, **kwargs)
-    for layer in find_bn_layers(model).values():
-        layer.running_mean.normal_(std=0.1)
-        layer.running_var.uniform_(0.5, 1.5)
-        layer.weight.data.uniform_(0.5, 1.5)
-        layer.bias.data.normal_(std=0.1)
-    return model.eval()
+    return random_network(name, classes, seed, **kwargs).eval()
 
 
 def write_network(folder: Path, name: str, source: str = "demo", size: int = 32, thresholds=(), **overrides) -> Path:

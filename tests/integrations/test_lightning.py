@@ -114,7 +114,7 @@ def test_every_validation_sees_population_statistics_and_is_saved_with_them(name
     assert all(worst_error(network(name), seen, IMAGES) < 1e-4 for seen in module.seen)
     assert callback.report.samples == 24
     for file in tmp_path.iterdir():
-        saved = torch.load(file, weights_only=False)["state_dict"]
+        saved = torch.load(file, weights_only=True)["state_dict"]
         saved = {key.removeprefix("net."): value for key, value in saved.items()}
         assert any(not differing(seen, saved) for seen in module.seen)
 
@@ -171,7 +171,7 @@ def test_averaged_weights_get_statistics_of_their_own(name, tmp_path):
         assert [key for key in differing(seen, last) if key not in bn_keys(module.net)]
         assert worst_error(network(name), seen, IMAGES) < 1e-4
     for file in tmp_path.iterdir():
-        saved = {k.removeprefix("net."): v for k, v in torch.load(file, weights_only=False)["state_dict"].items()}
+        saved = {k.removeprefix("net."): v for k, v in torch.load(file, weights_only=True)["state_dict"].items()}
         assert any(not differing(seen, saved) for seen in module.seen)
 
 

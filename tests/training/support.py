@@ -9,6 +9,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from bnfinetune.bn.layers import find_bn_layers
 from bnfinetune.training import run
@@ -32,15 +33,21 @@ def write_images(folder: Path, *, train: int = 6, val: int = 3, size: int = 40) 
     return folder
 
 
-def write_weights(path: Path, name: str, num_classes: int = 3, **kwargs) -> dict[str, torch.Tensor]:
-    """Random weights with random statistics and affine parameters, as a file; what is in it."""
-    torch.manual_seed(1)
+def random_network(name: str, num_classes: int = 3, seed: int = 0, **kwargs) -> nn.Module:
+    """A timm network whose every BN layer does something."""
+    torch.manual_seed(seed)
     model = timm.create_model(name, num_classes=num_classes, **kwargs)
     for layer in find_bn_layers(model).values():
         layer.running_mean.normal_(std=0.1)
         layer.running_var.uniform_(0.5, 1.5)
         layer.weight.data.uniform_(0.5, 1.5)
         layer.bias.data.normal_(std=0.1)
+    return model
+
+
+def write_weights(path: Path, name: str, num_classes: int = 3, **kwargs) -> dict[str, torch.Tensor]:
+    """Random weights with random statistics and affine parameters, as a file; what is in it."""
+    model = random_network(name, num_classes, seed=1, **kwargs)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     save_file(weights, str(path))
     return weights

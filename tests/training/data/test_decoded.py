@@ -23,16 +23,10 @@ from bnfinetune.training.data.decoded import DecodedImages
 from bnfinetune.training.data.loaders import build_loaders
 from bnfinetune.training.data.splits import load_splits
 from bnfinetune.training.data.transforms import build_transforms
+from tests.training.data.conftest import DATA_CONFIG
 from tests.training.support import write_images
 
 IMAGES, MIB = 24, 2**20
-CONFIG = {
-    "input_size": (3, 32, 32),
-    "interpolation": "bicubic",
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-    "crop_pct": 0.9,
-}
 
 
 def image(number):
@@ -204,7 +198,7 @@ def test_batches_are_the_same_and_files_are_opened_once(workers, tmp_path, monke
     def batches(**changed):
         data = Data(source=source, workers=workers, **changed)
         built = build_loaders(
-            load_splits(data, 0), build_transforms(data, CONFIG), data, batch_size=4, eval_batch_size=4, seed=0
+            load_splits(data, 0), build_transforms(data, DATA_CONFIG), data, batch_size=4, eval_batch_size=4, seed=0
         )
         loaders = [built.train, built.val, built.stats]
         try:
