@@ -101,14 +101,14 @@ def _numbers(story: RunStory) -> dict[str, str]:
     numbers = {SHARES[story.main]: f"{last[story.main]:.1%}"}
     images = int(last.get("images", 0))
     if images and "top1" in last:
-        low, high = _wilson(last["top1"], images)
+        low, high = wilson(last["top1"], images)
         numbers[f"95% interval, {images:,} images"] = f"{low:.1%} to {high:.1%}"
     if "macro_f1" in last:
         numbers["macro F1"] = f"{last['macro_f1']:.1%}"
     return numbers | dict(story.numbers or {})
 
 
-def _wilson(share: float, images: int) -> tuple[float, float]:
+def wilson(share: float, images: int) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson 1927); SciPy's own is the same, and takes a second to import."""
     z = NormalDist().inv_cdf(0.975)
     centre, scale = share + z**2 / (2 * images), 1 + z**2 / images

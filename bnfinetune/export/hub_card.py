@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from bnfinetune.diagnose.run_report import SHARES
+from bnfinetune.diagnose.run_report import SHARES, wilson
 from bnfinetune.inference.preprocessing import Preprocessing
 from bnfinetune.recipe import BN, Recipe
 from bnfinetune.source_paths import DEMOS
@@ -165,11 +165,8 @@ def _measured(facts: CardFacts) -> str:
 
 def _interval(numbers: Mapping[str, Any]) -> str:
     """Wilson's 95 % interval of top-1, as the run's report has it."""
-    from scipy.stats import binomtest  # a tenth of a second
-
-    images = int(numbers["images"])
-    found = binomtest(round(numbers["top1"] * images), images).proportion_ci(method="wilson")
-    return f"{found.low:.1%} to {found.high:.1%}"
+    low, high = wilson(numbers["top1"], int(numbers["images"]))
+    return f"{low:.1%} to {high:.1%}"
 
 
 def _limits(facts: CardFacts) -> str:
