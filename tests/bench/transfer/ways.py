@@ -35,7 +35,8 @@ class Cell:
     Attributes:
         task: a folder with `train`, `val` and `test`, each a folder of class folders.
         backbone: a folder that timm has saved.
-        way: a peer's name, or a recipe followed by what is changed in it, as on a command line.
+        way: a recipe followed by what is changed in it, as on a command line; or a peer, and perhaps its learning rate:
+            `HF Trainer lr=1.06e-4`.
         batch: images per update.
         seed: of every draw.
     """
@@ -51,6 +52,16 @@ class Cell:
         """What results are kept under: all ways and seeds of one task, backbone and batch size."""
         return f"{self.task.name}, {self.backbone.name}, batches of {self.batch}"
 
+    @property
+    def peer(self) -> str:
+        """The way without its learning rate."""
+        return self.way.partition(" lr=")[0]
+
+    @property
+    def peer_rate(self) -> float:
+        """The peak learning rate of a peer; recipes choose their own."""
+        return float(self.way.partition(" lr=")[2] or LEARNING_RATE)
+
 
 def run(cell: Cell, timm_script: Path | None) -> dict[str, float]:
     """Top-1 on the test images in percent, that on the validation images, and what it took.
@@ -59,10 +70,10 @@ def run(cell: Cell, timm_script: Path | None) -> dict[str, float]:
     """
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="bnfinetune-transfer-") as folder:
-        if cell.way == "timm train.py":
+        if cell.peer == "timm train.py":
             validation, test = _timm(cell, timm_script, Path(folder))
         else:
-            validation, test = PEERS.get(cell.way, _ours)(cell, Path(folder))
+            validation, test = PEERS.get(cell.peer, _ours)(cell, Path(folder))
     gc.collect()
     return {
         "top1": round(test, 2),
@@ -98,7 +109,7 @@ def _plain(cell: Cell, folder: Path) -> tuple[float, float]:
     images = {split: ImageFolder(cell.task / split, prepare[split == "train"]) for split in ("train", "val", "test")}
     model.reset_classifier(len(images["train"].classes))
     loader = DataLoader(images["train"], cell.batch, shuffle=True, drop_last=len(images["train"]) % cell.batch == 1)
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(model.parameters(), cell.peer_rate, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * len(loader))
     best = (-1.0, 0.0)
     for _ in range(EPOCHS):
@@ -129,7 +140,7 @@ def _hugging_face(cell: Cell, folder: Path) -> tuple[float, float]:
         per_device_train_batch_size=cell.batch,
         per_device_eval_batch_size=64,
         num_train_epochs=EPOCHS,
-        learning_rate=LEARNING_RATE,
+        learning_rate=cell.peer_rate,
         weight_decay=WEIGHT_DECAY,
         lr_scheduler_type="cosine",
         eval_strategy="epoch",
@@ -173,7 +184,7 @@ def _timm(cell: Cell, script: Path | None, folder: Path) -> tuple[float, float]:
         batch=cell.batch,
         epochs=EPOCHS,
         pretrained_path=cell.backbone / "model.safetensors",
-        lr=LEARNING_RATE,
+        lr=cell.peer_rate,
         weight_decay=WEIGHT_DECAY,
         seed=cell.seed,
         workers=0,
