@@ -19,6 +19,7 @@ from bnfinetune.training.averages import candidates
 from bnfinetune.training.data.loaders import EvalLoader
 from bnfinetune.training.ending import Best
 from bnfinetune.training.launch import GlobalBatch, on_main
+from bnfinetune.training.measuring.collapse import CollapseWatch
 from bnfinetune.training.measuring.measurer import Measurer
 from bnfinetune.training.measuring.metrics import Metrics
 from bnfinetune.training.record import Record
@@ -48,6 +49,7 @@ class Pauses:
         self.saved_update = self.trainer.progress.update if going_on else None  # of the newest state
         self.told_skipped = self.trainer.progress.skipped
         self.best: Metrics | None = None  # since this start of the run
+        self.collapse = CollapseWatch(self.trainer.recipe, self.setup.splits.class_names)
         self.page_at, self.page_cost = time.monotonic(), 0.0  # of the last page, in seconds
 
     def __call__(self, *, evaluate: bool) -> None:
@@ -107,6 +109,8 @@ class Pauses:
             with in_words(f"{path}"):
                 append_line(path, record)
         self.say(_line(record, metrics.headline, better))
+        if collapsed := self.collapse.look(metrics, record["train_loss"]):
+            self.say(collapsed)
         if progress.skipped > self.told_skipped:
             self.say(f"skipped {progress.skipped - self.told_skipped} updates: loss or gradient was not finite")
         self.told_skipped = progress.skipped
