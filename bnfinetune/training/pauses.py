@@ -109,7 +109,7 @@ class Pauses:
             with in_words(f"{path}"):
                 append_line(path, record)
         self.say(_line(record, metrics.headline, better))
-        if collapsed := self.collapse.look(metrics, record["train_loss"]):
+        if collapsed := self.collapse.look(metrics, progress.update, record["train_loss"]):
             self.say(collapsed)
         if progress.skipped > self.told_skipped:
             self.say(f"skipped {progress.skipped - self.told_skipped} updates: loss or gradient was not finite")

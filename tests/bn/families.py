@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 
 @dataclass(frozen=True)
 class Family:
@@ -75,6 +77,21 @@ FAMILIES = {
     "xception_aligned": Family("xception41p"),
     "xcit": Family("xcit_nano_12_p8_224", kwargs={"img_size": 32}),
 }
+
+QUICK = ("byobnet", "efficientnet", "levit", "mobilenetv3", "regnet", "resnet", "resnetv2", "vovnet")
+"""Families for tests that are not slow: plain and fused BN, BN behind linear layers, before convs and at the end."""
+
+LARGE = ("byoanet", "inception_resnet_v2", "inception_v4", "nasnet", "pnasnet", "vision_transformer_hybrid")
+"""Families whose tests take longest."""
+
+
+def each_family() -> list[Any]:
+    """All families, marked by how long they take, to parametrise a test."""
+    slow, long = [pytest.mark.slow], [pytest.mark.slow, pytest.mark.long]
+    return [
+        pytest.param(module, marks=() if module in QUICK else long if module in LARGE else slow) for module in FAMILIES
+    ]
+
 
 WITHOUT_BN = {
     "beit",

@@ -18,10 +18,8 @@ from torch import nn
 from bnfinetune.bn import BNPolicy, apply_policy, find_bn_layers, freeze_bn, restore_bn, unfreeze_bn
 from bnfinetune.bn.layers import is_bn_layer
 from bnfinetune.bn.policy.switched_layer import switches_of
-from tests.bn.families import FAMILIES, WITHOUT_BN, Family
+from tests.bn.families import FAMILIES, WITHOUT_BN, Family, each_family
 from tests.bn.models import differing, randomise, tensors_of
-
-QUICK = ("efficientnet", "levit", "mobilenetv3", "regnet", "resnet", "vovnet")
 
 POLICIES = {
     "batch": {"train_stats": "batch"},
@@ -179,9 +177,7 @@ def check(built: Callable[[], tuple[nn.Module, tuple[int, ...]]]) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "module", [pytest.param(module, marks=() if module in QUICK else pytest.mark.slow) for module in FAMILIES]
-)
+@pytest.mark.parametrize("module", each_family())
 def test_every_policy_keeps_its_promises(module):
     check(partial(build, FAMILIES[module]))
 

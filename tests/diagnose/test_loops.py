@@ -39,6 +39,7 @@ def test_sound_loops_are_silent(loop, seed):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_sound_loops_are_silent_whatever_the_seed(loop):
     for seed in ALL:
         is_silent(loop, seed)

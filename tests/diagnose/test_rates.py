@@ -24,6 +24,7 @@ def test_chance_is_no_finding(name, fused):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_rate_of_false_alarms(name):
     found = count(name, seeds=13)
     assert found["judged"] == found["watches"] == 104

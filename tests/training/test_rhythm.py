@@ -77,7 +77,7 @@ def test_processes_that_start_slowly_last(method, lasting, images, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.long)])
 def test_a_run_starts_slow_processes_once(method, images, tmp_path):
     script = tmp_path / "run.py"
     given = settings(images, tmp_path / "run", **{"data.workers": 1, "model.name": "test_resnet", "train.epochs": 3,

@@ -160,6 +160,7 @@ def test_hosts_that_are_killed_in_turn_go_on_to_the_same_bits(hosts, expected):
     assert differences(expected, outcome(hosts[0].disk / "run")) == []
 
 
+@pytest.mark.long
 def test_an_outage_of_the_network_is_sat_out(hosts, expected):
     start(hosts, "outage")
     wait_until(5, hosts, "outage")
@@ -172,6 +173,7 @@ def test_an_outage_of_the_network_is_sat_out(hosts, expected):
     assert differences(expected, outcome(hosts[0].disk / "outage")) == []
 
 
+@pytest.mark.long
 def test_an_outage_beyond_the_timeout_ends_all_ranks_and_they_go_on_from_there(hosts, expected):
     start(hosts, "long", **{"train.timeout_minutes": 0.2})
     wait_until(5, hosts, "long")

@@ -112,10 +112,13 @@ class StatSnapshot:
         self._names = list(held)
 
     @torch.no_grad()
-    def rollback(self) -> None:
+    def rollback(self, where: Tensor | None = None) -> None:
         """Writes the remembered statistics back into the model's buffers, whichever these are by now.
 
         Buffers that have been taken off the layers since, as those of a domain are by `restore_bn`, stay off.
+
+        Args:
+            where: a boolean scalar on the model's device that says whether to; the host does not wait for it.
 
         Raises:
             StatisticsError: nothing has been taken yet.
@@ -125,4 +128,16 @@ class StatSnapshot:
         layers = find_bn_layers(self._model)
         found = [layers[name]._buffers.get(key) if name in layers else None for name, key in self._names]
         pairs = [(buffer, kept) for buffer, kept in zip(found, self._kept, strict=True) if buffer is not None]
-        torch._foreach_copy_([buffer for buffer, _ in pairs], [kept for _, kept in pairs])
+        live, old = [buffer for buffer, _ in pairs], [kept for _, kept in pairs]
+        torch._foreach_copy_(live, old if where is None else _chosen(where, old, live))
+
+
+def _chosen(where: Tensor, true: list[Tensor], false: list[Tensor]) -> list[Tensor]:
+    """`torch.where` of many tensors, in three kernels for each dtype."""
+    chosen: dict[int, Tensor] = {}
+    for dtype in {tensor.dtype for tensor in true}:
+        numbers = [number for number, tensor in enumerate(true) if tensor.dtype == dtype]
+        one, other = (torch.cat([side[number].flatten() for number in numbers]) for side in (true, false))
+        parts = one.where(where, other).split([true[number].numel() for number in numbers])
+        chosen |= {number: part.view_as(true[number]) for number, part in zip(numbers, parts, strict=True)}
+    return [chosen[number] for number in range(len(true))]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +14,53 @@ from bnfinetune.bn.layers import find_bn_layers, is_bn_layer
 from bnfinetune.bn.policy.switched_layer import switches_of
 from bnfinetune.bn.policy.updates import StatSnapshot
 from bnfinetune.training.loop.requests import Asked
+
+
+class Verdict(NamedTuple):
+    """What is known of an update.
+
+    Attributes:
+        loss: The mean of all ranks' images.
+        good: Whether losses and gradient are finite on all ranks.
+        asked: What any rank was asked for before it.
+    """
+
+    loss: float
+    good: bool
+    asked: Asked
+
+
+class Judgement:
+    """A verdict on its way from the device.
+
+    Attributes:
+        bad: On the device, a scalar: 1 if the update must not be made, else 0.
+
+    Args:
+        ranks: Shape (ranks, 4): whether the update is bad, what was asked for, and the loss of each.
+    """
+
+    def __init__(self, ranks: Tensor) -> None:
+        self.bad = ranks[:, 0].amax()
+        self._ranks, self._copied = ranks, None
+        if can_run_ahead(ranks.device):
+            self._ranks = torch.empty(ranks.shape, dtype=ranks.dtype, pin_memory=ranks.device.type != "cpu")
+            self._ranks.copy_(ranks, non_blocking=True)
+            self._copied = torch.Event(ranks.device.type) if ranks.device.type != "cpu" else None
+            if self._copied is not None:
+                self._copied.record()
+
+    def read(self) -> Verdict:
+        """The verdict; waits until the device has come to it, and not for what it was given to do since."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        bads, saves, ends, losses = zip(*self._ranks.tolist(), strict=True)
+        return Verdict(sum(losses) / len(losses), not any(bads), Asked(any(saves), int(max(ends))))
+
+
+def can_run_ahead(device: torch.device) -> bool:
+    """Whether a device computes on its own while the host goes on, and says when a copy to the host is complete."""
+    return device.type in ("cuda", "xpu")
 
 
 class StepGuard:
@@ -36,33 +83,27 @@ class StepGuard:
         if self._snapshot is not None:
             self._snapshot.take()
 
-    def undo(self) -> None:
-        """Give the running statistics back the values from before the update."""
+    def undo(self, where: Tensor | None = None) -> None:
+        """Give the running statistics back the values from before the update; where given, if that scalar is not 0."""
         if self._snapshot is not None:
-            self._snapshot.rollback()
+            self._snapshot.rollback(None if where is None else where.bool())
 
-    def judge(self, loss: Tensor, norm: Tensor | None, pending: Asked) -> tuple[float, bool, Asked]:
+    def judge(self, loss: Tensor, norm: Tensor | None, pending: Asked) -> Judgement:
         """Whether all ranks may make the update, and what they have been asked for.
 
         Args:
             loss: This rank's share, from `Gradients.compute`, a scalar.
             norm: A norm of the gradient, a scalar; None leaves the gradient to the scaler of mixed precision.
             pending: What this rank has been asked for.
-
-        Returns:
-            The mean loss of all ranks' images, whether losses and gradient are finite on all ranks, and what any rank
-            was asked for.
         """
-        known = torch.stack([loss] if norm is None else [loss, norm.to(loss)])
-        values = known.tolist()
-        bad = not all(map(math.isfinite, values))
-        if self._accelerator.num_processes == 1:
-            return values[0], not bad, pending
-        mine = torch.tensor([bad, pending.save, pending.end_by, values[0]], device=loss.device)
-        ranks = [torch.empty_like(mine) for _ in range(self._accelerator.num_processes)]
-        torch.distributed.all_gather(ranks, mine)
-        bads, saves, ends, losses = zip(*(rank.tolist() for rank in ranks), strict=True)
-        return sum(losses) / len(losses), not any(bads), Asked(any(saves), int(max(ends)))
+        sound = loss.isfinite() if norm is None else loss.isfinite() & norm.isfinite().to(loss.device)
+        asked = [torch.full_like(loss, number) for number in pending]  # filled there: a copy would wait
+        mine = torch.stack([(~sound).to(loss), *asked, loss])
+        ranks = [mine]
+        if self._accelerator.num_processes > 1:
+            ranks = [torch.empty_like(mine) for _ in range(self._accelerator.num_processes)]
+            torch.distributed.all_gather(ranks, mine)
+        return Judgement(torch.stack(ranks))
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

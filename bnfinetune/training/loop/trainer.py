@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -27,14 +27,22 @@ from bnfinetune.training.data.loaders import Loaders, TrainLoader
 from bnfinetune.training.data.mixing import build_mixup
 from bnfinetune.training.loop.folding import Folding
 from bnfinetune.training.loop.gradients import Batch, Gradients, refuse_batch_statistics
-from bnfinetune.training.loop.guard import StepGuard, gradient_norm
+from bnfinetune.training.loop.guard import Judgement, StepGuard, Verdict, can_run_ahead, gradient_norm
 from bnfinetune.training.loop.losses import build_loss
 from bnfinetune.training.loop.nonfinite import likely_cause
 from bnfinetune.training.loop.phases import Phase, planned_phases
 from bnfinetune.training.loop.progress import Progress, Status, rhythm_of, total_updates
 from bnfinetune.training.loop.requests import Asked, Requests, end_by
 from bnfinetune.training.measuring.recalibrate import recalibrate
-from bnfinetune.training.network.optim import build_optimizer, build_schedule, count_steps, match_formats, regroup
+from bnfinetune.training.network.optim import (
+    build_optimizer,
+    build_schedule,
+    can_hold_back,
+    count_steps,
+    match_formats,
+    regroup,
+    step_unless,
+)
 from bnfinetune.training.network.shapes import input_format
 from bnfinetune.training.stopwatch import Stopwatch
 
@@ -44,6 +52,15 @@ _KEEP_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS
 
 
 Show = Callable[[Progress, Status], None]
+
+
+class Made(NamedTuple):
+    """An update: its micro-batches as they were read, its images over all ranks, its number, and its judgement."""
+
+    group: list[Batch]
+    images: int
+    number: int
+    judgement: Judgement
 
 
 class Pause(Protocol):
@@ -83,6 +100,7 @@ class Trainer:
         count_steps(self.optimizer, self._note_step)
         self.rhythm = rhythm_of(self.recipe, self.updates)
         self.requests, self.asked = Requests(self.rhythm.minutes), Asked()
+        self.unread: Made | None = None  # the last update, where the device is left to itself
         self.settled = False  # whether all that belongs to the last update is done, and nothing of the next
         self.ema = None if train.ema is None else ModelEmaV3(self.model, decay=train.ema, use_warmup=True)
         self.folding = Folding(self.model, self.recipe)
@@ -210,7 +228,8 @@ class Trainer:
     def _leave(self, pause: Pause) -> None:
         """Save on the way out of an error, if the state is whole; one rank alone of several cannot."""
         if self.settled and self.accelerator.num_processes == 1:
-            with self.folding.paused(), suppress(CheckpointError):  # what came first is what is told
+            with self.folding.paused(), suppress(CheckpointError, TrainingError):  # what came first is what is told
+                self.read_judgement()
                 pause(evaluate=False)
             if self.requests.pending.end_by:  # the signal went to the loader's processes too, and ended them
                 end_by(self.requests.pending.end_by)
@@ -238,6 +257,7 @@ class Trainer:
                 show(self.progress, self.status)
             evaluate = self.is_evaluation(ends_epoch)
             if evaluate or self._is_save() or any(self.asked):
+                self.read_judgement()
                 with self.folding.paused():
                     pause(evaluate=evaluate)
                 self.requests.saved()
@@ -245,6 +265,7 @@ class Trainer:
             self.settled = True
             if self.asked.end_by:
                 end_by(self.asked.end_by)
+            self.asked = Asked()
             if self.is_over:
                 return
 
@@ -279,7 +300,31 @@ class Trainer:
         images = self.gradients.count(group)
         loss = self.gradients.compute(self.forward, group, images, self._on_device, self._loss)
         norm = None if self.is_scaled else self._clip()
-        value, good, self.asked = self.guard.judge(loss, norm, self.requests.pending)
+        judgement = self.guard.judge(loss, norm, self.requests.pending)
+        if self._runs_ahead():
+            with step_unless(self.optimizer, judgement.bad):
+                self._step()
+            self.stepper.zero_grad()
+            self.guard.undo(judgement.bad)
+            self._count(group)
+            self.read_judgement()  # of the update before
+            self.unread = Made(group, images, self.progress.update, judgement)
+        else:
+            self._decide(Made(group, images, self.progress.update + 1, judgement))
+        self.progress.seconds += time.perf_counter() - begin
+
+    def _runs_ahead(self) -> bool:
+        """Whether the device decides alone on a step, so that the host need not wait for it.
+
+        A scaler of mixed precision decides otherwise, and an average of the weights must know.
+        """
+        ahead = can_run_ahead(self.accelerator.device) and not self.is_scaled and self.ema is None
+        return ahead and can_hold_back(self.optimizer)
+
+    def _decide(self, made: Made) -> None:
+        """Wait for the verdict on an update, and make it or not."""
+        verdict = made.judgement.read()
+        good = verdict.good
         if good:
             if self.is_scaled and self.recipe.optim.clip_grad is not None:
                 self._clip()  # unscales, and a step must follow that
@@ -287,15 +332,18 @@ class Trainer:
         self.stepper.zero_grad()
         if not good:
             self.guard.undo()
-        self._count(group, images, value, good)
-        self.progress.seconds += time.perf_counter() - begin
-        if self.progress.skipped_in_row >= self.recipe.train.max_skipped:
-            images_again = [self.loaders.train.finish(batch[0]) for batch in group]
-            cause = likely_cause(self.recipe, self.progress, self.model, self.accelerator, images_again)
-            raise TrainingError(
-                f"the loss or gradient was not finite in {self.progress.skipped_in_row} updates in a row, up to update "
-                f"{self.progress.update} (loss {value:g}): {cause}"
-            )
+        self._count(made.group)
+        self._note(made, verdict._replace(good=good))
+
+    def read_judgement(self) -> None:
+        """Wait for the verdict on the last update whose verdict is not known, and write it down.
+
+        Raises:
+            TrainingError: Too many updates in a row were bad.
+        """
+        made, self.unread = self.unread, None
+        if made is not None:
+            self._note(made, made.judgement.read())
 
     def _step(self) -> bool:
         """Let the optimizer make its step; whether the scaler of mixed precision allowed it.
@@ -313,20 +361,32 @@ class Trainer:
             )
         return not skipped
 
-    def _count(self, group: list[Batch], images: int, value: float, good: bool) -> None:
-        """Write down an update; one that was skipped has used its images up all the same."""
-        progress = self.progress
-        progress.update += 1
-        progress.batch += len(group)
-        progress.images += images
-        progress.skipped_in_row = 0 if good else progress.skipped_in_row + 1
-        progress.skipped += not good
-        progress.pieces = self.gradients.pieces
+    def _count(self, group: list[Batch]) -> None:
+        """Go on to the next update; one that was skipped has used its batches up all the same."""
+        self.progress.update += 1
+        self.progress.batch += len(group)
+        self.progress.pieces = self.gradients.pieces
         self._set_rate()
-        if good:
-            self.losses.append((value, images))
+
+    def _note(self, made: Made, verdict: Verdict) -> None:
+        """Write down what has become of an update."""
+        progress, self.asked = self.progress, verdict.asked
+        progress.images += made.images
+        if verdict.good:
+            progress.skipped_in_row = 0
+            self.losses.append((verdict.loss, made.images))
             if self.ema is not None:
-                self.ema.update(self.model, step=progress.update)
+                self.ema.update(self.model, step=made.number)
+            return
+        progress.skipped += 1
+        progress.skipped_in_row += 1
+        if progress.skipped_in_row >= self.recipe.train.max_skipped:
+            images = [self.loaders.train.finish(batch[0]) for batch in made.group]
+            cause = likely_cause(self.recipe, progress, self.model, self.accelerator, images)
+            raise TrainingError(
+                f"the loss or gradient was not finite in {progress.skipped_in_row} updates in a row, up to update "
+                f"{made.number} (loss {verdict.loss:g}): {cause}"
+            )
 
     def _clip(self) -> Tensor:
         """The norm of the gradient, after which it is clipped."""
@@ -383,9 +443,10 @@ class Trainer:
 
     def _is_save(self) -> bool:
         every = self.recipe.checkpoint.every_steps
-        if self.progress.skipped_in_row:  # nothing new is worth the place of a state from before
+        if every is None or self.progress.update % every:
             return False
-        return every is not None and self.progress.update % every == 0
+        self.read_judgement()
+        return not self.progress.skipped_in_row  # nothing new is worth the place of a state from before
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks of a training state by name: `model`, and `ema` where weights are averaged."""

@@ -9,12 +9,13 @@ from bnfinetune.recipe import Recipe
 from bnfinetune.training.measuring.metrics import ClassMetrics, Metrics
 
 _NEARLY = 0.05  # of a class's images
+_EARLY = 50  # updates
 
 
 class CollapseWatch:
     """Looks at one evaluation after the other, and speaks once.
 
-    The first evaluation proves nothing: early in training a sound network may prefer one class.
+    Before 50 updates it proves nothing: early in training a sound network may prefer one class.
 
     Args:
         recipe: What is trained, with its settled learning rate.
@@ -23,18 +24,18 @@ class CollapseWatch:
 
     def __init__(self, recipe: Recipe, names: Sequence[str]) -> None:
         self._recipe, self._names = recipe, names
-        self._first, self._told = True, False
+        self._told = False
 
-    def look(self, metrics: Metrics, train_loss: float | None) -> str | None:
+    def look(self, metrics: Metrics, update: int, train_loss: float | None) -> str | None:
         """What is to be said about an evaluation, if anything.
 
         Args:
             metrics: Of the validation images.
+            update: How many have been made.
             train_loss: Mean training loss since the evaluation before.
         """
-        first, self._first = self._first, False
         answer = only_answer(metrics)
-        if answer is None or first or self._told:
+        if answer is None or update < _EARLY or self._told:
             return None
         self._told = True
         return f"all validation images are called {self._names[answer]}: {self._cause(train_loss)}"

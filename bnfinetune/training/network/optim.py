@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -25,6 +26,9 @@ PLAIN_RATE = 1e-3
 """What `optim.lr=auto` is where nothing pretrained is at stake."""
 
 _TUNING_RATE, _TUNING_IMAGES = 3e-4, 16  # of docs/transfer.md
+
+_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+"""Optimizers that torch steps by one kernel."""
 
 _TORCH_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -227,10 +231,9 @@ def _fused(optim: Optim, scaled: bool) -> dict[str, Any]:
 
     Not under a scaler: it would leave the decision to the kernel, and nobody else would hear of a step left out.
     """
-    with_one = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
     plain = timm.optim.get_optimizer_class(optim.name.lower().removeprefix("lookahead_"), bind_defaults=False)
     others = {"fused", "foreach", "capturable", "differentiable"}
-    return {"fused": True} if plain in with_one and not scaled and not others & set(optim.kwargs) else {}
+    return {"fused": True} if plain in _FUSED and not scaled and not others & set(optim.kwargs) else {}
 
 
 def _unfit(optimizer: Any) -> str | None:
@@ -291,6 +294,27 @@ def match_formats(optimizer: torch.optim.Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def can_hold_back(optimizer: Any) -> bool:
+    """Whether a number on the device can keep the optimizer's next step from being made, as `step_unless` does.
+
+    Adam and SGD in one kernel can. The first step of SGD with momentum would leave its momentum undefined.
+    """
+    if type(optimizer) not in _FUSED or not all(group.get("fused") for group in optimizer.param_groups):
+        return False
+    momentum = [p for group in optimizer.param_groups if group.get("momentum") for p in group["params"]]
+    return all(optimizer.state.get(parameter, {}).get("momentum_buffer") is not None for parameter in momentum)
+
+
+@contextmanager
+def step_unless(optimizer: Any, bad: torch.Tensor) -> Iterator[None]:
+    """Steps within this context change nothing if a scalar on the device is 1, and all they should if it is 0."""
+    optimizer.found_inf = bad
+    try:
+        yield
+    finally:
+        del optimizer.found_inf
 
 
 def count_steps(optimizer: torch.optim.Optimizer, note: Callable[[], None]) -> None:

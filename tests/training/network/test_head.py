@@ -18,7 +18,7 @@ from bnfinetune.recipe import Model
 from bnfinetune.training.measuring import measurer
 from bnfinetune.training.network.backbone import build_backbone
 from bnfinetune.training.network.head import classifier_layers, head_parameters, is_head_zero
-from tests.bn.folding.test_fold_families import FAMILIES, QUICK
+from tests.bn.families import FAMILIES, each_family
 from tests.training.support import write_images
 from tests.training.test_multilabel import settings, write_labelled
 
@@ -53,7 +53,7 @@ def ways_in(name: str, folder) -> Iterator[tuple[str, nn.Module]]:
 
 def images_for(model: nn.Module) -> torch.Tensor:
     size, fixed = model.pretrained_cfg["input_size"][-1], model.pretrained_cfg.get("fixed_input_size")
-    side = size if fixed or "halo" in model.pretrained_cfg["architecture"] else 96
+    side = size if fixed else 96
     return torch.randn(2, 3, side, side)
 
 
@@ -80,16 +80,9 @@ def check(name: str, folder) -> None:
             assert all(slope.any() for slope in slopes), (way, classes)
 
 
-@pytest.mark.parametrize("name", [*QUICK, TWO_HEADS])
-def test_a_new_head_begins_at_the_logarithm_of_the_classes(name, tmp_path):
-    check(name, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in (*QUICK, TWO_HEADS)])
-def test_a_new_head_of_every_family_begins_at_the_logarithm_of_the_classes(name, tmp_path):
-    check(name, tmp_path)
+@pytest.mark.parametrize("module", each_family())
+def test_a_new_head_begins_at_the_logarithm_of_the_classes(module, tmp_path):
+    check(FAMILIES[module].model, tmp_path)
 
 
 def test_a_network_from_the_hub_begins_there_too(tmp_path, monkeypatch):

@@ -74,8 +74,9 @@ def test_five_kills_of_two_ranks_leave_no_trace(nursery, images, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("ranks", "workers"), [(2, 2), *(pytest.param(*each, marks=pytest.mark.long) for each in ((1, 0), (1, 2), (2, 0)))]
+)
 def test_many_kills_leave_no_trace(ranks, workers, nursery, images, tmp_path):
     done = check(ranks, workers, 20, 6, nursery, images, tmp_path)
     assert {"step", "saving", "evaluation", "re-estimation", "clock", "finish"} == set(done)
