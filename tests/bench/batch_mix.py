@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import bnfinetune as bnf
+from tests.bench.pages import draw_plots
 from tests.bench.results import record
 from tests.bench.running_averages import accuracy, digits
 
@@ -169,6 +170,7 @@ def main(arguments: Sequence[str]) -> None:
             _add(domains, way, scores)
     record("batch_mix", "classes in a batch", {"top1": classes}, ("torch", "timm"))
     record("batch_mix", "domains in a batch", {"top1": domains}, ("torch", "timm"))
+    draw_plots()
     for name, rows in {**classes, **domains}.items():
         print(name, {what: [round(value, 1) for value in values] for what, values in rows.items()})
 

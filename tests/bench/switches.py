@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import bnfinetune as bnf
+from tests.bench.pages import draw_plots
 from tests.bench.results import record
 from tests.bench.running_averages import accuracy, digits
 
@@ -126,3 +127,4 @@ def main(arguments: Sequence[str]) -> None:
         record("switches", f"digits, batches of {batch}", {"top1": found}, ("torch", "timm"))
         for name, scores in found.items():
             print(f"{name:34}", [round(score, 1) for score in scores])
+    draw_plots()
