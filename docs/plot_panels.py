@@ -207,6 +207,7 @@ class Plot:
             heights = [max(panel.height(WIDTH / self.columns) for panel in row) for row in rows]
             size = (WIDTH, sum(heights) + 0.35 + 0.2 * self.note.count("\n"))
             figure = Figure(figsize=size, layout="constrained")
+            figure.get_layout_engine().set(h_pad=0.07, w_pad=0.06)
             axes = figure.subplots(len(rows), self.columns, squeeze=False, height_ratios=heights)
             for axis, panel in zip(axes.flat, self.panels, strict=False):
                 panel.draw(axis)
