@@ -32,15 +32,18 @@ def record(bench: str) -> dict[str, Any]:
 
 def batch_size() -> Plot:
     """Photographs of clothes: live against fixed statistics, at all batch sizes that are recorded."""
-    ways = ("full", "freeze_bn", "precise_then_freeze")
-    scores: dict[str, dict[int, list[float]]] = {way: {} for way in ways}
+    names = {"full": "full: BN live", "freeze_bn": "freeze_bn: BN fixed"}
+    scores: dict[str, dict[int, list[float]]] = {way: {} for way in names}
     for place, found in record("transfer").items():
         if batch := re.fullmatch(r"clothing, tf_efficientnet_lite0, batches of (\d+)", place):
-            for way in scores.keys() & found["ways"].keys():
+            for way in names.keys() & found["ways"].keys():
                 scores[way][int(batch[1])] = [run["top1"] for run in found["ways"][way].values()]
-    curves = {way: [_seeds(batch, runs) for batch, runs in sorted(row.items())] for way, row in scores.items() if row}
+    curves = {names[way]: [_seeds(batch, runs) for batch, runs in sorted(row.items())] for way, row in scores.items()}
+    counts = sorted({len(runs) for row in scores.values() for runs in row.values()})
+    seeds = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
     title = "250 photographs of clothes, 10 kinds, ImageNet backbone"
-    return Plot([Curves("images in a batch", TOP1, curves, title)], note=SEEDS)
+    note = f"lines up and down: lowest and highest of {seeds} seed{'s' if counts[-1] > 1 else ''}"
+    return Plot([Curves("images in a batch", TOP1, curves, title)], note=note)
 
 
 def short_runs() -> Plot:

@@ -72,9 +72,9 @@ def test_a_plot_is_drawn_again_when_its_record_changes_and_only_then(plots, monk
     monkeypatch.setattr(plots, "IMAGES", tmp_path)
     monkeypatch.setattr(plots, "PLOTS", {"batch_size": plots.PLOTS["batch_size"]})
     [panel] = plots.batch_size().panels
-    live = [(point.x, point.low, point.y, point.high) for point in panel.curves["full"]]
+    live = [(point.x, point.low, point.y, point.high) for point in panel.curves["full: BN live"]]
     assert live == [(2, 20.0, 20.0, 20.0), (16, 50.0, 55.0, 60.0)]
-    assert list(panel.curves) == ["full", "freeze_bn"]
+    assert [point.x for point in panel.curves["freeze_bn: BN fixed"]] == [16]
 
     drawn = tmp_path / "batch_size.svg"
     plots.main([])
