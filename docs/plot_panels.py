@@ -99,6 +99,7 @@ class HeatMap:
         x: what the columns are.
         title: above the table.
         rules: rows that a line is drawn above.
+        low: where the colours begin; they end at 100.
     """
 
     rows: Sequence[str]
@@ -108,6 +109,7 @@ class HeatMap:
     x: str = ""
     title: str = ""
     rules: Sequence[int] = ()
+    low: float = 0.0
 
     def height(self, width: float) -> float:
         return 0.3 * len(self.rows) + (0.75 if self.x or self.title else 0.45)
@@ -117,7 +119,7 @@ class HeatMap:
 
         shades = [[math.nan if shade is None else shade for shade in row] for row in self._shades()]
         known = [abs(shade) for row in shades for shade in row if not math.isnan(shade)]
-        scale = Normalize(0, 100) if self.against is None else TwoSlopeNorm(0, -max(known), max(known))
+        scale = Normalize(self.low, 100) if self.against is None else TwoSlopeNorm(0, -max(known), max(known))
         image = axis.imshow(shades, "YlGnBu" if self.against is None else "RdBu", norm=scale, aspect="auto")
         for row, values in enumerate(self.cells):
             for column, value in enumerate(values):
