@@ -45,6 +45,59 @@ def test_the_reference_of_python_is_current(api_pages):
     assert written == api_pages, "run python docs/make_api.py"
 
 
+@pytest.fixture
+def plots(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    import make_plots
+
+    return make_plots
+
+
+def test_the_plots_show_what_is_recorded(plots):
+    said = {name: plots.digest_of(DOCS / f"images/{name}.svg") for name in plots.PLOTS}
+    assert said == {name: plots.digest(make()) for name, (_, make) in plots.PLOTS.items()}, (
+        "run python docs/make_plots.py"
+    )
+    assert {path.stem for path in (DOCS / "images").glob("*.svg")} == set(plots.PLOTS)
+
+
+def test_a_plot_is_drawn_again_when_its_record_changes_and_only_then(plots, monkeypatch, tmp_path):
+    runs = {seed: {"top1": top1} for seed, top1 in (("0", 50.0), ("1", 60.0))}
+    found = {
+        "clothing, tf_efficientnet_lite0, batches of 16": {"ways": {"full": runs, "freeze_bn": runs}},
+        "clothing, tf_efficientnet_lite0, batches of 2": {"ways": {"full": {"0": {"top1": 20.0}}, "auto": runs}},
+        "sketch, tf_efficientnet_lite0, batches of 4": {"ways": {"full": runs}},
+    }
+    monkeypatch.setattr(plots, "record", {"transfer": found}.__getitem__)
+    monkeypatch.setattr(plots, "IMAGES", tmp_path)
+    monkeypatch.setattr(plots, "PLOTS", {"batch_size": plots.PLOTS["batch_size"]})
+    [panel] = plots.batch_size().panels
+    live = [(point.x, point.low, point.y, point.high) for point in panel.curves["full: BN live"]]
+    assert live == [(2, 20.0, 20.0, 20.0), (16, 50.0, 55.0, 60.0)]
+    assert [point.x for point in panel.curves["freeze_bn: BN fixed"]] == [16]
+
+    drawn = tmp_path / "batch_size.svg"
+    plots.main([])
+    first = drawn.read_bytes()
+    drawn.write_bytes(first + b"<!-- as it was -->")
+    plots.main([])
+    assert drawn.read_bytes().endswith(b"<!-- as it was -->")
+    runs["0"]["top1"] = 40.0
+    plots.main([])
+    assert plots.digest_of(drawn) == plots.digest(plots.batch_size())
+    assert drawn.read_bytes() != first
+
+
+def test_every_picture_is_there_and_says_what_it_shows(plots):
+    shown = set()
+    for page in [*DOCS.rglob("*.md"), ROOT / "README.md"]:
+        for alternative, target in re.findall(r"!\[(.*?)\]\((\S+?)\)", page.read_text(encoding="utf-8")):
+            assert len(alternative) >= 25, f"{page.name}: {target}"
+            assert (page.parent / target).is_file(), f"{page.name}: {target}"
+            shown.add((page.parent / target).stem)
+    assert shown >= set(plots.PLOTS)
+
+
 def test_every_page_stands_in_the_navigation_once():
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     named = pages_in(settings["nav"])

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import bnfinetune.demo
 from bnfinetune.bn import BNPolicy, apply_policy
 from bnfinetune.bn.adapt import adapt_model
-from tests.bench.pages import DOCS, figure_style, put_table
+from tests.bench.pages import DOCS, draw_plots, put_table
 from tests.bench.results import record
 
 ADABN = (8, 32, 128, 512)
@@ -127,23 +127,6 @@ def table(scores: dict[str, dict[str, list[float]]]) -> str:
     return "\n".join(lines)
 
 
-def draw(scores: dict[str, dict[str, list[float]]]) -> None:
-    """A group of bars per corruption."""
-    plt = figure_style()
-    figure, axis = plt.subplots(figsize=(11, 4), layout="constrained")
-    ways = list(scores["none"])
-    colours = ["0.55", "C1", *plt.get_cmap("Blues")(np.linspace(0.35, 0.9, len(ADABN))), "C2", "C3"]
-    for index, (way, colour) in enumerate(zip(ways, colours, strict=True)):
-        places = np.arange(len(scores)) + (index - (len(ways) - 1) / 2) * 0.1
-        means, deviations = zip(*(row[way] for row in scores.values()), strict=True)
-        axis.bar(places, means, 0.1, yerr=deviations, color=colour, error_kw={"lw": 0.7}, label=way)
-    axis.set_xticks(range(len(scores)), list(scores), fontsize=9)
-    axis.set_ylabel("top-1 [%]")
-    axis.grid(axis="x", visible=False)
-    axis.legend(ncols=len(ways), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12), frameon=False)
-    figure.savefig(DOCS / "images" / "domain_shift.svg", metadata={"Date": None})
-
-
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench domain_shift", description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
@@ -156,5 +139,5 @@ def main(arguments: Sequence[str]) -> None:
     path = record("domain_shift", "characters", {"seeds": options.seeds, "top1": scores}, ("torch", "timm"))
     what = f"Top-1 in %, {options.test} test characters, {options.seeds} seeds, mean ± standard deviation"
     put_table(DOCS / "domain_shift.md", path, table(scores), what)
-    draw(scores)
+    draw_plots()
     print(table(scores))

@@ -1,8 +1,10 @@
-"""Puts what was measured into the pages of docs/ that explain it: tables between two marks each, and plots."""
+"""Puts what was measured into the pages of docs/ that explain it: tables between two marks each, and the plots."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,6 @@ def put_table(page: Path, source: Path, table: str, what: str) -> None:
     page.write_text(f"{before}{begin}\n{table}\n\n{setting}\n{end}{after}", encoding="utf-8")
 
 
-def figure_style() -> Any:
-    """pyplot without a window, writing SVG files that are the same for the same figures."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    mpl.rcParams.update({"svg.hashsalt": "bnfinetune", "svg.fonttype": "none", "savefig.facecolor": "white"})
-    mpl.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
-    import matplotlib.pyplot as plt
-
-    return plt
+def draw_plots() -> None:
+    """Draw those plots of docs/ anew whose records say something else now."""
+    subprocess.run([sys.executable, str(DOCS / "make_plots.py")], check=True)

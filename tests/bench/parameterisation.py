@@ -25,7 +25,7 @@ from bnfinetune.bn import find_bn_layers, freeze_bn
 from bnfinetune.bn.absorb import absorb_bn
 from bnfinetune.bn.folding.arithmetic import fold_parameters
 from bnfinetune.bn.folding.fold import fold_bn
-from tests.bench.pages import DOCS, put_table
+from tests.bench.pages import DOCS, draw_plots, put_table
 from tests.bench.results import record
 
 PARAMETERISATIONS = {"separate": fold_bn, "absorbed": lambda model: fold_bn(absorb_bn(model))}
@@ -123,6 +123,7 @@ def main(arguments: Sequence[str]) -> None:
         path = record("parameterisation", "bnf_resnet on digits", {"step": step, "rows": rows}, ("torch", "timm"))
         what = f"Accuracy on the test split in percent: mean of {options.seeds} seeds, smallest and largest"
         put_table(DOCS / "parameterisation.md", path, _page(step, rows), what)
+        draw_plots()
 
 
 def _page(step: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:

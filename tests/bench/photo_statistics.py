@@ -38,7 +38,7 @@ from bnfinetune.bn.statistics.shrinkage import prior_of
 from bnfinetune.diagnose.readout import Readout
 from bnfinetune.training.checkup import inspect_checkpoint
 from bnfinetune.training.measuring.ridge import leave_one_out
-from tests.bench.pages import DOCS, put_table
+from tests.bench.pages import DOCS, draw_plots, put_table
 from tests.bench.results import FOLDER, record, recorded
 from tests.bench.transfer.backbones import BACKBONES, backbone_folder
 
@@ -212,6 +212,7 @@ def write_tables() -> str:
     text = "\n\n".join(part for part in parts if part)
     what = f"Top-1 in %, one split of each task; {SIZE} px"
     put_table(DOCS / "domain_shift.md", FOLDER / f"{BENCH}.json", text, what)
+    draw_plots()
     return text
 
 

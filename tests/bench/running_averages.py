@@ -25,7 +25,7 @@ from tqdm import tqdm
 import bnfinetune.demo
 from bnfinetune.bn import BNPolicy, apply_policy, find_bn_layers
 from bnfinetune.bn.statistics.precise import precise_bn
-from tests.bench.pages import DOCS, figure_style, put_table
+from tests.bench.pages import DOCS, draw_plots, put_table
 from tests.bench.results import record
 
 IMAGES = 2000
@@ -132,30 +132,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: list[dict[str, Any]]) -> None:
-    """Errors above, accuracies below; one column for each thing varied."""
-    plt = figure_style()
-    columns = {"momentum": ["momentum"], "updates": ["updates", "updates, momentum 0.01"], "batch": ["batch"]}
-    figure, axes = plt.subplots(2, 3, figsize=(10, 5.4), sharey="row", layout="constrained")
-    for (title, sweeps), (upper, lower) in zip(columns.items(), axes.T, strict=True):
-        for number, sweep in enumerate(sweeps):
-            mine = [row for row in rows if row["sweep"] == sweep]
-            at = [float(row["value"]) for row in mine]
-            label = "running averages" + sweep.removeprefix(title)
-            upper.plot(at, [row["mean_error"][0] for row in mine], "o-", color=f"C{number}", label=label)
-            lower.errorbar(at, *zip(*(row["top1"] for row in mine), strict=True), fmt="o-", color=f"C{number}")
-        first = [row for row in rows if row["sweep"] == title]
-        precise = list(zip(*(row["top1_precise"] for row in first), strict=True))
-        lower.errorbar(at, *precise, fmt="s--", color="C3", label="precise-BN")
-        upper.set(xscale="log", yscale="log")
-        lower.set(xscale="log", xlabel={"batch": "batch size"}.get(title, title))
-        upper.legend(fontsize=8)
-    lower.legend(fontsize=8)
-    axes[0, 0].set_ylabel("error of running means\n[standard deviations]")
-    axes[1, 0].set_ylabel("test top-1 [%]")
-    figure.savefig(DOCS / "images" / "running_averages.svg", metadata={"Date": None})
-
-
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench running_averages", description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
@@ -168,5 +144,5 @@ def main(arguments: Sequence[str]) -> None:
     rows = rows_of(results)
     path = record("running_averages", "digits", {"seeds": options.seeds, "rows": rows}, ("torch", "timm"))
     put_table(DOCS / "running_averages.md", path, table(rows), f"{options.seeds} seeds, mean ± standard deviation")
-    draw(rows)
+    draw_plots()
     print(table(rows))

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from tests.bench.pages import DOCS, put_table
+from tests.bench.pages import DOCS, draw_plots, put_table
 from tests.bench.results import FOLDER, record, recorded
 from tests.bench.transfer.backbones import BACKBONES, backbone_folder
 from tests.bench.transfer.tables import tables
@@ -61,6 +61,7 @@ def main(arguments: Sequence[str]) -> None:
     print(table := tables(BATCHES, WAYS, FEW))
     what = "Top-1 on the test images in %: mean of the seeds, lowest and highest; 8 epochs of AdamW, 128 px"
     put_table(DOCS / "transfer.md", FOLDER / f"{BENCH}.json", table, what)
+    draw_plots()
 
 
 def _grid(options: argparse.Namespace) -> Iterator[Cell]:
