@@ -145,7 +145,9 @@ def _table(findings: Sequence[Finding], width: int, color: bool) -> str:
         )
         table.add_row(Text(f"{found.code}\n{found.severity}", _COLOURS[found.severity]), Text(found.scope), text)
     out = io.StringIO()
-    Console(file=out, width=width, force_terminal=color, color_system="standard" if color else None).print(table)
+    system = "standard" if color else None
+    # In a notebook rich would show the table at once and leave the text without it.
+    Console(file=out, width=width, force_terminal=color, force_jupyter=False, color_system=system).print(table)
     return out.getvalue().rstrip("\n")
 
 
