@@ -145,9 +145,14 @@ def _table(findings: Sequence[Finding], width: int, color: bool) -> str:
         )
         table.add_row(Text(f"{found.code}\n{found.severity}", _COLOURS[found.severity]), Text(found.scope), text)
     out = io.StringIO()
-    system = "standard" if color else None
-    # In a notebook rich would show the table at once and leave the text without it.
-    Console(file=out, width=width, force_terminal=color, force_jupyter=False, color_system=system).print(table)
+    console = Console(
+        file=out,
+        width=width,
+        force_terminal=color,
+        force_jupyter=False,  # or a notebook would show the table at once, and the text would be without it
+        color_system="standard" if color else None,
+    )
+    console.print(table)
     return out.getvalue().rstrip("\n")
 
 
