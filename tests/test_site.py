@@ -1,7 +1,10 @@
 """The documentation site: nothing is missing, its pages are current, its tutorials run, and it needs no network."""
 
+import contextlib
+import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +13,7 @@ import pytest
 import yaml
 
 import bnfinetune
+from bnfinetune.cli import main
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -150,3 +154,95 @@ def test_the_lines_of_the_photo_tutorial_run(tmp_path):
     assert (tmp_path / "runs/auto/best/model.safetensors").is_file()
     assert (tmp_path / "inspect.html").is_file()
     assert "digit-" in done.stdout.splitlines()[-1]
+
+
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+ANY_BLOCK = re.compile(r"```(\w+)\n(.*?)```", flags=re.DOTALL)
+
+
+def walk(page: Path) -> str:
+    """Runs a tutorial from top to bottom in this process; right after a block, what is shown must have been printed."""
+    names: dict[str, object] = {}
+    whole, out = "", ""
+    for language, block in ANY_BLOCK.findall(page.read_text(encoding="utf-8")):
+        if language == "text":
+            assert is_shown(block, out), f"{page.name} shows\n{block}\nand prints\n{out}"
+            continue
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            if language == "python":
+                exec(compile(block, str(page), "exec"), names)
+            for line in block.splitlines() if language == "bash" else ():
+                verb, *arguments = shlex.split(line)
+                assert verb == "bnfinetune"
+                assert main(arguments) == 0, line
+        out = printed.getvalue()
+        whole += out
+    return whole
+
+
+def is_shown(block: str, out: str) -> bool:
+    """Whether all lines of a block were printed, in this order; numbers may differ a little between machines."""
+    printed = iter(out.splitlines())
+    lines = [line for line in block.splitlines() if line.strip() != "..."]
+    return all(any(is_like(line, other) for other in printed) for line in lines)
+
+
+def is_like(line: str, other: str) -> bool:
+    words, others = (" ".join(NUMBER.sub("#", each).split()) for each in (line, other))
+    numbers, found = ([float(number) for number in NUMBER.findall(each)] for each in (line, other))
+    return words == others and all(abs(a - b) <= max(0.1, 0.15 * a) for a, b in zip(numbers, found, strict=True))
+
+
+def test_what_is_shown_is_compared():
+    shown = "step 1 of 2\n...\nloss 0.52\n"
+    assert is_shown(shown, "step 1 of 2\nother\nloss   0.5\n")
+    for out in ("", "step 1 of 2\nother\nloss 0.9\n", "loss 0.52\nstep 1 of 2\n", "step 1 of 2\ngain 0.52\n"):
+        assert not is_shown(shown, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["detection", "segmentation", "new_domain"])
+def test_a_tutorial_prints_what_it_shows(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert walk(TUTORIALS / f"{name}.md")
+
+
+@pytest.fixture
+def make_notebooks(monkeypatch):
+    pytest.importorskip("nbformat")
+    monkeypatch.syspath_prepend(str(DOCS))
+    import make_notebooks
+
+    return make_notebooks
+
+
+def test_notebooks_are_current(make_notebooks):
+    written = {path: path.read_text(encoding="utf-8") for path in (DOCS / "notebooks").glob("*.ipynb")}
+    assert written == make_notebooks.notebooks(), "run python docs/make_notebooks.py"
+
+
+def test_a_notebook_runs_every_block_of_its_tutorial_and_loses_no_prose(make_notebooks):
+    import nbformat
+
+    page = "# Title\n\nProse.\n\n```python\nx = 1\n\ny = 2\n```\n\n```text\nshown\n```\n\n```bash\nls\n```\n\nEnd.\n"
+    cells = nbformat.reads(make_notebooks.notebook("a", page), as_version=4).cells
+    assert [(cell.cell_type, cell.source) for cell in cells[2:]] == [
+        ("markdown", "# Title\n\nProse."),
+        ("code", "x = 1\n\ny = 2"),
+        ("markdown", "```text\nshown\n```"),
+        ("code", "%%bash\nls"),
+        ("markdown", "End."),
+    ]
+    assert [cell.id for cell in cells] == [f"a-{number}" for number in range(7)]
+
+
+@pytest.mark.slow
+def test_a_notebook_runs(tmp_path, monkeypatch):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(DOCS / "notebooks/your_loop.ipynb", as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if "install" not in cell.metadata.get("tags", ())]
+    nbclient.NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    streams = [output.text for cell in notebook.cells for output in cell.get("outputs", ()) if "text" in output]
+    assert any("BN101" in text for text in streams)

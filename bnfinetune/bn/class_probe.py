@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _RANKS = (4, 2, 3, 5)  # of an input: most layers take images
-_TINY = 1e-30  # a variance that any eps drowns, while its root is still a float32
+LEAST_EPS = 1e-30
+"""Drowned by any variance of activations and by any other eps, while its root is still a float32."""
 _TOLERANCE = 1e-6  # some forwards compute in float32 whatever they are given
 
 
@@ -33,7 +34,7 @@ def eps_by_trial(native: Any, layer: nn.Module) -> float | None:
     """
     channels = _channels(layer)
     zero, one = torch.zeros(channels, **_wide()), torch.ones(channels, **_wide())
-    values = {"running_mean": zero, "running_var": zero + _TINY, "weight": one, "bias": zero}
+    values = {"running_mean": zero, "running_var": zero + LEAST_EPS, "weight": one, "bias": zero}
     with _undisturbed():
         for rank in _RANKS:
             try:
@@ -43,9 +44,9 @@ def eps_by_trial(native: Any, layer: nn.Module) -> float | None:
             except Exception:
                 continue
             if isinstance(y, Tensor) and y.numel() and (y == y.flatten()[0]).all():
-                eps = float(y.flatten()[0].detach().double() ** -2) - _TINY
+                eps = float(y.flatten()[0].detach().double() ** -2) - LEAST_EPS
                 if math.isfinite(eps):
-                    return float(f"{eps:.12g}") if eps > math.sqrt(_TINY) else _TINY
+                    return float(f"{eps:.12g}") if eps > math.sqrt(LEAST_EPS) else LEAST_EPS
     return None
 
 

@@ -23,7 +23,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.optim.swa_utils import AveragedModel
 
-from bnfinetune.bn.class_probe import computes, eps_by_trial
+from bnfinetune.bn.class_probe import LEAST_EPS, computes, eps_by_trial
 from bnfinetune.errors import LayerError, PolicyError, SelectionError
 
 Tail = Callable[[nn.Module, Tensor], Tensor]
@@ -222,6 +222,21 @@ def eps_of(layer: nn.Module, name: str = "") -> float:
             f"computes; call register_bn_class({cls.__name__}, ..., eps=...), or exclude the layer"
         )
     return eps
+
+
+def computable_eps(layer: nn.Module, name: str = "") -> float:
+    """`eps_of`, or 1e-30 where a layer adds nothing, which changes no variance: PyTorch refuses 0 in training.
+
+    torchvision sets the eps of its detectors to 0 when it loads their own weights.
+
+    Args:
+        layer: a BN layer, under a policy or not.
+        name: its qualified name, for messages.
+
+    Raises:
+        LayerError: as `eps_of`.
+    """
+    return eps_of(layer, name) or LEAST_EPS
 
 
 def _eps_by_trial(layer: nn.Module, known: BNClass) -> float | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfinetune.bn.functional import is_traced
-from bnfinetune.bn.layers import eps_of, is_scripted, require_known
+from bnfinetune.bn.layers import computable_eps, is_scripted, require_known
 from bnfinetune.errors import LayerError, StatisticsError
 
 STATS = ("running_mean", "running_var", "num_batches_tracked")
@@ -91,7 +91,7 @@ class Population:
             self._affine_keys = domain_key(domain, "weight"), domain_key(domain, "bias")
         self.weight: Tensor | None = getattr(layer, self._affine_keys[0])
         self.bias: Tensor | None = getattr(layer, self._affine_keys[1], None)
-        self.eps = eps_of(layer, name)
+        self.eps = computable_eps(layer, name)
         self.momentum: float | None = getattr(layer, "momentum", 0.1)  # PyTorch's default
 
     @property

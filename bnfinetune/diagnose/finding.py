@@ -145,7 +145,14 @@ def _table(findings: Sequence[Finding], width: int, color: bool) -> str:
         )
         table.add_row(Text(f"{found.code}\n{found.severity}", _COLOURS[found.severity]), Text(found.scope), text)
     out = io.StringIO()
-    Console(file=out, width=width, force_terminal=color, color_system="standard" if color else None).print(table)
+    console = Console(
+        file=out,
+        width=width,
+        force_terminal=color,
+        force_jupyter=False,  # or a notebook would show the table at once, and the text would be without it
+        color_system="standard" if color else None,
+    )
+    console.print(table)
     return out.getvalue().rstrip("\n")
 
 

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from bnfinetune.bn.class_change import input_of_call
 from bnfinetune.bn.folding.fold import unfolded
 from bnfinetune.bn.layers import bn_class, find_bn_layers, is_scripted, require_known
 from bnfinetune.bn.policy.switched_layer import SwitchedBN, switches_of
 from bnfinetune.bn.population import population_of, recomputing
+from bnfinetune.bn.statistics.batches import listed_images
 from bnfinetune.bn.statistics.precise import evaluation_mode
 from bnfinetune.bn.statistics.recorder import recording
 from bnfinetune.diagnose.case import Case, Context
@@ -212,9 +214,7 @@ class _Watcher:
         self._outermost, part, grad = module, self._parts[module], torch.is_grad_enabled()
         mode = module.training if part else self._bare.training
         forward = Forward(self._trace.steps, mode, grad, part=part)
-        image = first_tensor((args, kwargs))
-        if image is not None and image.ndim:
-            _describe_input(forward, image)
+        _describe_input(forward, (args, kwargs))
         if not forward.training and evaluates_others(self._optimizer):
             forward.foreign = not self._computed_anew()
             for calls in self._trace.layers.values():
@@ -313,8 +313,8 @@ class _Watcher:
 
     def _gap(self, part: str, call: Call) -> Gap | None:
         """One batch under both normalisations; None if it holds no images, or the model predicts nothing of each."""
-        images = first_tensor(call)
-        if images is None or images.ndim == 0:
+        images = _images_of(call)
+        if images is None:
             return None
         tracked = {name: layer for name, layer in self._layers.items() if population_of(layer).stats is not None}
         live = {name: layer for name, layer in tracked.items() if self._trace.layers[name].updating}
@@ -400,12 +400,24 @@ def _same_draws(device: torch.device) -> AbstractContextManager[Any]:
 
 
 @torch.no_grad()
-def _describe_input(forward: Forward, image: Tensor) -> None:
+def _images_of(call: Call) -> Tensor | None:
+    """What a forward got, one row for each image; those of a list, as detectors take them, thinned to one size."""
+    listed = listed_images(call[0])
+    if listed is not None:
+        return torch.cat([interpolate(image[None], (_SAMPLE, _SAMPLE)) for image in listed])
+    image = first_tensor(call)
+    return image.detach() if image is not None and image.ndim else None
+
+
+@torch.no_grad()
+def _describe_input(forward: Forward, call: Call) -> None:
     """Notes the size of a batch and a few of its values, without waiting for the device."""
-    sample = image.detach()
+    sample = _images_of(call)
+    if sample is None:
+        return
     forward.images = len(sample)
     if sample.ndim == 4:
-        forward.size = sample.shape[-2]
+        forward.size = sample.shape[-2] if listed_images(call[0]) is None else None  # detectors bring them to theirs
         rows, columns = (max(side // _SAMPLE, 1) for side in sample.shape[-2:])
         sample = sample[:, :, ::rows, ::columns]
     sample = sample.float()

@@ -409,6 +409,42 @@ def test_second_pass_over_the_same_batch(name):
     assert not watched(model, lambda: loop(second), optimizer).findings
 
 
+class Detector(nn.Module):
+    """Takes images of any sizes in a list, as torchvision's detectors do; gives losses, or a dict for each image."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.net = network(name)
+
+    def forward(self, images, targets=None):
+        scores = self.net(torch.cat([F.interpolate(image[None], (32, 32)) for image in images]))
+        return {"loss": scores.square().mean()} if self.training else [{"scores": row} for row in scores]
+
+
+def listed(count, seed):
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.rand(3, 40 + 3 * index, 48, generator=draw) for index in range(count)]
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_lists_of_images_are_batches(name, again):
+    model = Detector(name)
+    optimizer = sgd(model)
+
+    def loop():
+        for step in range(2):
+            for seed in (step, step if again else step + 10):
+                images = listed(2, seed)
+                model(images, [{} for _ in images])["loss"].backward()
+            optimizer.step()
+
+    watch = watched(model, loop, optimizer)
+    assert [(each.images, each.size) for each in watch.trace.forwards] == [(2, None)] * 4
+    wanted = torch.stack([image.mean((1, 2)) for image in listed(2, 0)]).mean(0)
+    torch.testing.assert_close(watch.trace.forwards[0].mean, wanted, rtol=0.05, atol=0)
+    assert ("BN302" in codes(watch.findings)) == again
+
+
 def test_the_same_batch_in_the_next_step_is_fine(name):
     model = network(name)
     optimizer = sgd(model)

@@ -57,6 +57,12 @@ def test_forms(findings):
     assert lines[0].split(maxsplit=2)[:2] == ["BN102", "layer1.*"]
 
 
+def test_a_notebook_gets_the_same_text(findings, monkeypatch):
+    plain = str(findings)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert str(findings) == plain
+
+
 def test_sarif_holds_what_hosts_ask_for(findings):
     """What GitHub's documentation requires of an upload, and that indices hang together."""
     log = json.loads(as_sarif(findings, "mine.yaml"))

@@ -25,6 +25,7 @@ from bnfinetune.bn.layers import (
     Selection,
     _drop_and_act,
     _no_tail,
+    computable_eps,
     eps_of,
     native_class,
     replace_modules,
@@ -241,7 +242,7 @@ def _observe(reference: nn.Module, names: Iterable[str], images: Tensor) -> tupl
             if name not in targets:
                 stats = (layer.running_mean, layer.running_var)
                 training = layer.running_mean is None
-                y = F.batch_norm(x, *stats, layer.weight, layer.bias, training, 0.0, eps_of(layer, name))
+                y = F.batch_norm(x, *stats, layer.weight, layer.bias, training, 0.0, computable_eps(layer, name))
                 targets[name] = _sampled(y)
 
         return hook

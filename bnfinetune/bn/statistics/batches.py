@@ -134,6 +134,16 @@ def images_tensor(batch: Any, caller: str) -> Tensor:
     )
 
 
+def listed_images(batch: Any) -> list[Tensor] | None:
+    """The images (C, H, W) of a batch that lists one for each sample, as detectors take them; None of another form."""
+    images = find_images(batch)
+    if images is None or images.form != "samples":
+        return None
+    listed = [image for image in images.part if isinstance(image, Tensor) and image.is_floating_point()]
+    are_images = len(listed) == images.samples and all(t.ndim == 3 and len(t) in _COLOURS for t in listed)
+    return listed if listed and are_images else None
+
+
 def labels_of(batch: Any) -> Tensor | None:
     """Class labels (N,) that come with a batch, as second item or under a common key; None if there are none."""
     labels = _labels(batch)

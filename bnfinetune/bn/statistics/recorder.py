@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from bnfinetune.bn.class_change import has_foreign_forward, input_of_call
 from bnfinetune.bn.functional import along, wide_dtype
-from bnfinetune.bn.layers import eps_of, require_known
+from bnfinetune.bn.layers import computable_eps, require_known
 from bnfinetune.bn.population import population_of
 from bnfinetune.bn.statistics.moments import Rows, mixture
 from bnfinetune.bn.statistics.transfers import fetch
@@ -78,7 +78,7 @@ class LayerRecorder:
                 f"BN layer {name!r} has a forward of its own (layer.forward = ...), which recording its statistics "
                 "would leave out; delete it for the pass, or exclude the layer"
             )
-        self.eps = eps_of(layer, name)
+        self.eps = computable_eps(layer, name)
         self._key: tuple[torch.device, torch.dtype] | None = None
         self._full: list[tuple[list[_Row], Tensor]] = []
         self._rows: list[_Row] = []

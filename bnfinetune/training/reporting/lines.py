@@ -118,5 +118,5 @@ def told(reports: Mapping[str, PreciseBNReport], data: str) -> list[str]:
 def as_text(table: Table) -> str:
     """A table in plain characters."""
     out = io.StringIO()
-    Console(file=out, width=120, color_system=None).print(table)
+    Console(file=out, width=120, force_jupyter=False, color_system=None).print(table)
     return out.getvalue().rstrip()

@@ -20,6 +20,7 @@ from bnfinetune.bn import (
     load_policy_state,
     no_stat_updates,
     policy_state,
+    precise_bn,
     register_bn_class,
     restore_bn,
     unfreeze_bn,
@@ -325,3 +326,25 @@ def test_a_reset_forgets_only_what_training_would_learn_again(norm, policy):
         assert (mean.abs().sum(), var.unique().tolist()) == (0, [1.0])
     if policy == "domains":
         assert model[4].running_mean.equal(before["4.running_mean"])
+
+
+@pytest.mark.parametrize("cls", [FrozenBatchNorm2d, FrozenBatchNormAct2d])
+def test_layers_that_add_nothing_to_the_variance_can_learn_too(cls):
+    """As those of torchvision's detectors with their own weights; PyTorch refuses an eps of 0 in training."""
+    model, x = toy(cls).double().eval(), images(size=12).double()
+    layers = {name: layer for name, layer in find_bn_layers(model).items() if type(layer) is cls}
+    for layer in layers.values():
+        layer.eps = 0.0
+    frozen_output, first, inputs = model(x), next(iter(layers)), []
+    layers[first].register_forward_pre_hook(lambda layer, args: inputs.append(args[0]))
+
+    torch.testing.assert_close(unfreeze_bn(model)(x), frozen_output, rtol=1e-12, atol=1e-12)
+    before = layers[first].running_mean.clone()
+    model.train()(x).square().sum().backward()
+    seen = inputs[-1].detach()
+    torch.testing.assert_close(layers[first].running_mean, 0.9 * before + 0.1 * seen.mean((0, 2, 3)))
+    assert all(layer.weight.grad.isfinite().all() for layer in layers.values())
+    precise_bn(model, [x])
+    torch.testing.assert_close(layers[first].running_var, seen.var((0, 2, 3), correction=0))
+    restore_bn(model)
+    assert [(type(layer), layer.eps) for layer in layers.values()] == [(cls, 0.0)] * len(layers)
