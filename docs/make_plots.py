@@ -31,18 +31,15 @@ def record(bench: str) -> dict[str, Any]:
 
 
 def batch_size() -> Plot:
-    """Photographs of clothes: live against fixed statistics, at all batch sizes that are recorded.
-
-    Small batches with live statistics want another learning rate than with fixed ones: the better of two is shown.
-    """
+    """Photographs of clothes: live against fixed statistics, at all batch sizes that are recorded."""
     names = {"full": "full: BN live", "freeze_bn": "freeze_bn: BN fixed"}
     scores: dict[str, dict[int, list[float]]] = {way: {} for way in names}
     for place, found in record("transfer").items():
         if batch := re.fullmatch(r"clothing, tf_efficientnet_lite0, batches of (\d+)", place):
-            for way in names:
+            for way in names:  # live statistics of small batches want another rate than fixed ones
                 rates = [found["ways"][key] for key in (way, f"{way} optim.lr=3e-4") if key in found["ways"]]
                 if runs := [[run["top1"] for run in seeds.values()] for seeds in rates]:
-                    scores[way][int(batch[1])] = max(runs, key=fmean)
+                    scores[way][int(batch[1])] = max(runs, key=mean)
     curves = {names[way]: [_seeds(batch, runs) for batch, runs in sorted(row.items())] for way, row in scores.items()}
     counts = sorted({len(runs) for row in scores.values() for runs in row.values()})
     seeds = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
