@@ -330,7 +330,8 @@ class Optim(Section):
     lr: AboveZero | Literal["auto"] = Field(
         default="auto",
         description="peak learning rate, which layer_decay scales down and head_lr_scale scales for the head; "
-        "auto: 1e-3, or 3e-4 sqrt(images of an update / 16) where Adam tunes a pretrained network of timm's",
+        "auto: 1e-3, or 3e-4 sqrt(images of an update / 16) where Adam tunes a pretrained network of timm's, not below "
+        "3e-4 where BN normalises by the batch",
     )
     weight_decay: Rate = Field(default=0.05, description="weight decay of everything that decays")
     norm_decay: bool = Field(default=False, description="decay the weights and biases of normalisation layers too")

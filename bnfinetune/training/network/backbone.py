@@ -13,7 +13,7 @@ from timm.models import get_model_input_config, parse_model_name
 from torch import nn
 
 import bnfinetune.demo  # noqa: F401  (registers the embedded backbone with timm)
-from bnfinetune.bn.layers import LAST, select_layers
+from bnfinetune.bn.layers import LAST, is_bn_layer, select_layers
 from bnfinetune.bn.statistics.precise import evaluation_mode
 from bnfinetune.errors import BackboneError, CheckpointError, did_you_mean
 from bnfinetune.recipe import Model
@@ -63,6 +63,16 @@ def build_backbone(section: Model, class_names: Sequence[str]) -> nn.Module:
     if section.grad_checkpointing:
         _checkpoint_gradients(model, section.name)
     return model
+
+
+def has_bn(section: Model) -> bool:
+    """Whether a network has BN layers, told by its architecture alone; False where it cannot be built."""
+    try:
+        with torch.device("meta"):
+            model: nn.Module = timm.create_model(section.name, pretrained=False, **section.kwargs)
+    except Exception:  # what is wrong with it is told by whoever builds it in earnest
+        return False
+    return any(map(is_bn_layer, model.modules()))
 
 
 def _create(section: Model, class_names: Sequence[str]) -> nn.Module:

@@ -20,6 +20,7 @@ from torch import nn
 from bnfinetune.bn.layers import is_bn_layer, unwrap
 from bnfinetune.errors import PolicyError, RecipeError, did_you_mean
 from bnfinetune.recipe import DEMO_MODEL, Optim, Recipe, Schedule
+from bnfinetune.training.network.backbone import has_bn
 from bnfinetune.training.network.head import head_parameters
 
 PLAIN_RATE = 1e-3
@@ -171,7 +172,8 @@ def with_rate(recipe: Recipe, ranks: int) -> Recipe:
     """A recipe with a number in the place of `optim.lr=auto`.
 
     Steps of Adam are as long as the rate, however small the gradient, and the noisier the fewer images an update has: a
-    pretrained network with fixed statistics does not survive many of 3e-4 by two images, or of 1e-3 by eight.
+    pretrained network with fixed statistics does not survive many of 3e-4 by two images, or of 1e-3 by eight. Where BN
+    normalises by the batch it does, and learns better at 3e-4 than below, however small the batch.
 
     Args:
         recipe: As it was written.
@@ -183,6 +185,8 @@ def with_rate(recipe: Recipe, ranks: int) -> Recipe:
     rate = PLAIN_RATE
     if (model.pretrained or model.checkpoint is not None) and model.name != DEMO_MODEL and "adam" in optim.name.lower():
         images = train.batch_size * train.grad_accum * ranks
+        if images < _TUNING_IMAGES and any(section.train_stats != "running" for section in recipe.bn_sections):
+            images = _TUNING_IMAGES if has_bn(model) else images
         rate = min(_TUNING_RATE * math.sqrt(images / _TUNING_IMAGES), PLAIN_RATE)
     settled = optim.model_copy(update={"lr": float(f"{rate:.3g}")})
     return recipe.model_copy(update={"optim": settled})

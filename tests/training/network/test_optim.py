@@ -189,6 +189,25 @@ def test_the_rate_follows_the_images_of_an_update_where_pretrained_weights_are_a
     assert {group["lr"] for group in groups} == {rate}
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "rate"),
+    [
+        ("full", {"model.name": "test_resnet"}, 3e-4),
+        ("full", {"model.name": "test_efficientnet"}, 3e-4),  # fused layers
+        ("full", {"model.name": "test_vit"}, 1.06e-4),  # no BN
+        ("full", {"model.name": "test_resnet", "train.batch_size": 64}, 6e-4),
+        ("sync_bn", {"model.name": "test_resnet"}, 3e-4),
+        ("precise_then_freeze", {"model.name": "test_resnet"}, 1.06e-4),
+        ("freeze_stats", {"model.name": "test_resnet"}, 1.06e-4),
+        ("full", {"model.name": "no_such_network"}, 1.06e-4),  # told when it is built
+    ],
+)
+def test_small_batches_do_not_lower_the_rate_of_live_statistics(name, changes, rate):
+    before = torch.get_rng_state()
+    assert with_rate(load_recipe(name, PHOTOS | {"train.batch_size": 2} | changes), 1).optim.lr == rate
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant", "step", "multistep", "tanh", "poly"])
 def test_schedules_count_updates_warm_up_and_end_where_they_should(name):
     optimizer = build_optimizer(nn.Linear(2, 2), Optim(name="sgd", lr=1.0))
