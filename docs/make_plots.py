@@ -36,15 +36,13 @@ def batch_size() -> Plot:
     scores: dict[str, dict[int, list[float]]] = {way: {} for way in names}
     for place, found in record("transfer").items():
         if batch := re.fullmatch(r"clothing, tf_efficientnet_lite0, batches of (\d+)", place):
-            for way in names:  # live statistics of small batches want another rate than fixed ones
-                rates = [found["ways"][key] for key in (way, f"{way} optim.lr=3e-4") if key in found["ways"]]
-                if runs := [[run["top1"] for run in seeds.values()] for seeds in rates]:
-                    scores[way][int(batch[1])] = max(runs, key=mean)
+            for way in names.keys() & found["ways"].keys():
+                scores[way][int(batch[1])] = [run["top1"] for run in found["ways"][way].values()]
     curves = {names[way]: [_seeds(batch, runs) for batch, runs in sorted(row.items())] for way, row in scores.items()}
     counts = sorted({len(runs) for row in scores.values() for runs in row.values()})
     seeds = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
     title = "250 photographs of clothes, 10 kinds, ImageNet backbone"
-    note = f"the better of two learning rates; lines: lowest and highest of {seeds} seed{'s' if counts[-1] > 1 else ''}"
+    note = f"lines up and down: lowest and highest of {seeds} seed{'s' if counts[-1] > 1 else ''}"
     return Plot([Curves("images in a batch", TOP1, curves, title)], note=note)
 
 

@@ -192,7 +192,10 @@ def _note_what_is_measured(splits: ImageSplits, trained_on: str) -> None:
     if train not in (splits.names["val"], splits.names.get("test")):
         note(f"the split {train!r} is not measured; data.val_split={train} measures it")
     elif os.path.abspath(splits.source) == os.path.abspath(trained_on):
-        note(f"{splits.source} is what the network was trained on; without data.source its held-out part is measured")
+        note(
+            f"{splits.source} is what the network was trained or recalibrated on; without data.source its held-out part "
+            "is measured"
+        )
 
 
 def adapted(model: nn.Module, recipe: Recipe, target: ImageLoader) -> nn.Module:

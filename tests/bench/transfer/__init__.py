@@ -31,9 +31,9 @@ from tests.bench.transfer.ways import Cell, run
 
 WAYS = (
     *("auto", "full", "freeze_bn", "freeze_stats", "precise_bn", "precise_then_freeze", "bn_only", "lp_ft"),
-    *("full optim.lr=3e-4", "freeze_bn optim.lr=3e-4", "precise_then_freeze optim.lr=3e-4"),  # as peers at batches of 2
+    *("full optim.lr=1.06e-4", "freeze_bn optim.lr=3e-4", "precise_then_freeze optim.lr=3e-4"),  # at batches of 2
     *("linear_probe", "freeze_tail", "stoch_norm", "plain PyTorch", "HF Trainer", "timm train.py"),
-    "HF Trainer lr=1.06e-4",  # as ours at batches of 2
+    "HF Trainer lr=1.06e-4",
 )
 FEW = (
     *("freeze_bn data.train_samples=50", "lp_ft data.train_samples=50"),

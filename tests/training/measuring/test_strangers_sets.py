@@ -80,7 +80,7 @@ def test_without_a_source_the_runs_own_split_is_measured(trained, tmp_path, imag
     assert "trained on" not in caplog.text
     assert "is not measured" not in caplog.text
     assert measured(own, images) == {"all": 15}
-    assert caplog.text.count("is what the network was trained on") == 1
+    assert caplog.text.count("is what the network was trained or recalibrated on") == 1
 
 
 def test_splits_that_the_run_named_are_not_asked_of_another_set(tmp_path, images):
