@@ -193,8 +193,8 @@ def _note_what_is_measured(splits: ImageSplits, trained_on: str) -> None:
         note(f"the split {train!r} is not measured; data.val_split={train} measures it")
     elif os.path.abspath(splits.source) == os.path.abspath(trained_on):
         note(
-            f"{splits.source} is what the network was trained or recalibrated on; without data.source its held-out part "
-            "is measured"
+            f"{splits.source} is what the network was trained or recalibrated on; "
+            "without data.source its held-out part is measured"
         )
 
 
