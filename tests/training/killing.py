@@ -50,7 +50,7 @@ PHASES = {
 }
 # Whose beginnings and ends are the moments at which a run is killed.
 MOMENTS = [
-    *((loop.Trainer, name) for name in ("_update", "_loss", "_count", "enter")),
+    *((loop.Trainer, name) for name in ("_update", "_loss", "_count", "_note", "enter")),
     *((owner, "emit") for owner in (ImageLoader, TrainLoader, EvalLoader)),  # a batch, of training or otherwise
     (Tally, "add"),
     *((os, name) for name in ("fsync", "rename", "replace", "mkdir")),

@@ -111,13 +111,13 @@ def test_a_run_with_a_ragged_last_batch_is_the_same_on_two_ranks(nursery, tmp_pa
 
 def test_the_training_loss_is_that_of_an_image(tmp_path, monkeypatch):
     """Over updates of 4, 4, 4 and 3 images, of which each counts the same."""
-    count, seen = Trainer._count, []
+    note, seen = Trainer._note, []
 
-    def noted(self, group, images, value, good):
-        seen.append((images, value))
-        count(self, group, images, value, good)
+    def noted(self, made, verdict):
+        seen.append((made.images, verdict.loss))
+        note(self, made, verdict)
 
-    monkeypatch.setattr(Trainer, "_count", noted)
+    monkeypatch.setattr(Trainer, "_note", noted)
     source = write_images(tmp_path / "images", train=5)
     options = {"train.batch_size": 4, "train.epochs": 1}
     result = bnf.finetune("full", **settings(source, tmp_path / "run", **options))
