@@ -78,7 +78,7 @@ class Pauses:
         reports = self.measurer.recalibrate("eval", trainer.networks())
         self.record.note_recalibration(reports.values(), recipe.recalibrate.data, "eval")
         network = trainer.evaluated
-        metrics = self.measurer.measure(network, self.validation)
+        metrics = self.measurer.measure(network, self.validation, confusion=True)
         better = self._compare(network, metrics)
         self._note(network, metrics, better)
         self.list_unreadable()

@@ -141,7 +141,8 @@ def listed_images(batch: Any) -> list[Tensor] | None:
         return None
     listed = [image for image in images.part if isinstance(image, Tensor) and image.is_floating_point()]
     are_images = len(listed) == images.samples and all(t.ndim == 3 and len(t) in _COLOURS for t in listed)
-    return listed if listed and are_images else None
+    alike = len({(len(image), image.device) for image in listed}) == 1
+    return listed if are_images and alike else None
 
 
 def labels_of(batch: Any) -> Tensor | None:

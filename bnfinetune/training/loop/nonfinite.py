@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from bnfinetune.bn.statistics.precise import evaluation_mode
 from bnfinetune.recipe import Recipe
-from bnfinetune.training.loop.progress import Progress
 from bnfinetune.training.network.optim import rate_of
 
 
 def likely_cause(
-    recipe: Recipe, progress: Progress, model: nn.Module, accelerator: Accelerator, group: Sequence[Tensor]
+    recipe: Recipe, model: nn.Module, accelerator: Accelerator, group: Sequence[Tensor], *, never: bool
 ) -> str:
     """The likely cause and its remedy, for the end of a message.
 
     The network looks at the images again in evaluation mode: with the precision that was used, in float32, and image
     by image. What only float32 computes is lost to precision; what fails for single images is theirs; the rest is
-    blamed on weights that were bad from the start or that too high a learning rate has driven off.
+    blamed on weights that were bad from the start (where `never` an update was good) or that too high a learning rate
+    has driven off.
     """
     last = "the last state saved before is kept; go on from it with train.resume and the key in train.resume_allow"
     used, exact = (_finite_images(model, accelerator, group, exact=exact) for exact in (False, True))
@@ -34,7 +34,7 @@ def likely_cause(
     images = sum(map(len, group))
     if 0 < exact < images:
         return f"{images - exact} of the last {images} images alone give it: look for broken images; {last}"
-    if progress.skipped == progress.update:
+    if never:
         return "no update has ever gone through: look at the weights it starts from (model.checkpoint) and at the data"
     return f"most likely optim.lr={rate_of(recipe.optim):g} is too high: lower it, or set optim.clip_grad; {last}"
 

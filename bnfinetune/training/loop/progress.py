@@ -83,7 +83,7 @@ class Status(NamedTuple):
     """The last update.
 
     Attributes:
-        loss: The training loss over all ranks; None where it was not finite.
+        loss: The training loss over all ranks; None where it was not finite, NaN where none is known yet.
         lr: The largest learning rate.
         images_per_second: Over all ranks and the run so far.
     """
@@ -93,7 +93,7 @@ class Status(NamedTuple):
     images_per_second: float
 
     def __str__(self) -> str:
-        loss = "not finite" if self.loss is None else f"{self.loss:.3f}"
+        loss = "not finite" if self.loss is None else "not known yet" if math.isnan(self.loss) else f"{self.loss:.3f}"
         return f"loss {loss}  lr {self.lr:.2g}  {self.images_per_second:.0f} images/s"
 
 

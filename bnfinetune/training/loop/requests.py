@@ -24,8 +24,8 @@ class Requests:
     """Signals, and a clock, that ask a run to save.
 
     SIGUSR1 asks for a state, SIGTERM and SIGINT (Ctrl-C) for a state and the end of the run, the clock for a state
-    every `minutes`. All are answered after the update under way, when the state is whole. A second Ctrl-C, more than a
-    second after the first, interrupts at once.
+    every `minutes`. All are answered after the update under way or, where a device runs ahead, the next, when the state
+    is whole. A second Ctrl-C, more than a second after the first, interrupts at once.
 
     Args:
         minutes: Between two saves; None for no clock.

@@ -100,6 +100,7 @@ class Trainer:
         count_steps(self.optimizer, self._note_step)
         self.rhythm = rhythm_of(self.recipe, self.updates)
         self.requests, self.asked = Requests(self.rhythm.minutes), Asked()
+        self.last_loss: float | None = math.nan
         self.unread: Made | None = None  # the last update, where the device is left to itself
         self.settled = False  # whether all that belongs to the last update is done, and nothing of the next
         self.ema = None if train.ema is None else ModelEmaV3(self.model, decay=train.ema, use_warmup=True)
@@ -152,6 +153,7 @@ class Trainer:
         Statistics that freeze are re-estimated first, since the running averages lag behind the weights (Wu & Johnson
         2021, section 3).
         """
+        self.read_judgement()
         if phase.freeze:
             chosen = phase.section
             with self.clock.part("statistics"):
@@ -228,8 +230,9 @@ class Trainer:
     def _leave(self, pause: Pause) -> None:
         """Save on the way out of an error, if the state is whole; one rank alone of several cannot."""
         if self.settled and self.accelerator.num_processes == 1:
-            with self.folding.paused(), suppress(CheckpointError, TrainingError):  # what came first is what is told
+            with suppress(Exception):  # what came first is what is told
                 self.read_judgement()
+            with self.folding.paused(), suppress(CheckpointError):
                 pause(evaluate=False)
             if self.requests.pending.end_by:  # the signal went to the loader's processes too, and ended them
                 end_by(self.requests.pending.end_by)
@@ -306,12 +309,13 @@ class Trainer:
                 self._step()
             self.stepper.zero_grad()
             self.guard.undo(judgement.bad)
-            self._count(group)
+            self._count(group, images)
+            self.progress.seconds += time.perf_counter() - begin
             self.read_judgement()  # of the update before
             self.unread = Made(group, images, self.progress.update, judgement)
         else:
             self._decide(Made(group, images, self.progress.update + 1, judgement))
-        self.progress.seconds += time.perf_counter() - begin
+            self.progress.seconds += time.perf_counter() - begin
 
     def _runs_ahead(self) -> bool:
         """Whether the device decides alone on a step, so that the host need not wait for it.
@@ -332,7 +336,7 @@ class Trainer:
         self.stepper.zero_grad()
         if not good:
             self.guard.undo()
-        self._count(made.group)
+        self._count(made.group, made.images)
         self._note(made, verdict._replace(good=good))
 
     def read_judgement(self) -> None:
@@ -343,7 +347,11 @@ class Trainer:
         """
         made, self.unread = self.unread, None
         if made is not None:
-            self._note(made, made.judgement.read())
+            begin = time.perf_counter()
+            with self.clock.part("step"):
+                verdict = made.judgement.read()
+            self.progress.seconds += time.perf_counter() - begin
+            self._note(made, verdict)
 
     def _step(self) -> bool:
         """Let the optimizer make its step; whether the scaler of mixed precision allowed it.
@@ -361,17 +369,18 @@ class Trainer:
             )
         return not skipped
 
-    def _count(self, group: list[Batch]) -> None:
-        """Go on to the next update; one that was skipped has used its batches up all the same."""
+    def _count(self, group: list[Batch], images: int) -> None:
+        """Go on to the next update; one that was skipped has used its images up all the same."""
         self.progress.update += 1
         self.progress.batch += len(group)
+        self.progress.images += images
         self.progress.pieces = self.gradients.pieces
         self._set_rate()
 
     def _note(self, made: Made, verdict: Verdict) -> None:
         """Write down what has become of an update."""
         progress, self.asked = self.progress, verdict.asked
-        progress.images += made.images
+        self.last_loss = verdict.loss if verdict.good else None
         if verdict.good:
             progress.skipped_in_row = 0
             self.losses.append((verdict.loss, made.images))
@@ -382,7 +391,8 @@ class Trainer:
         progress.skipped_in_row += 1
         if progress.skipped_in_row >= self.recipe.train.max_skipped:
             images = [self.loaders.train.finish(batch[0]) for batch in made.group]
-            cause = likely_cause(self.recipe, progress, self.model, self.accelerator, images)
+            never = progress.skipped == made.number
+            cause = likely_cause(self.recipe, self.model, self.accelerator, images, never=never)
             raise TrainingError(
                 f"the loss or gradient was not finite in {progress.skipped_in_row} updates in a row, up to update "
                 f"{made.number} (loss {verdict.loss:g}): {cause}"
@@ -428,9 +438,9 @@ class Trainer:
 
     @property
     def status(self) -> Status:
-        """The last update in numbers."""
+        """The last update in numbers; its loss is that of the last one whose verdict is known."""
         lr = max(group["lr"] for group in self.optimizer.param_groups)
-        return Status(self.losses[-1][0] if self.losses else None, lr, self.progress.rate)
+        return Status(self.last_loss, lr, self.progress.rate)
 
     def is_evaluation(self, ends_epoch: bool) -> bool:
         """Whether to evaluate after the update just made: at the rhythm asked for, and after the last one."""

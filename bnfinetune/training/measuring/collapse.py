@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from bnfinetune.recipe import Recipe
 from bnfinetune.training.measuring.metrics import ClassMetrics, Metrics
+from bnfinetune.training.network.optim import rate_of
 
-_NEARLY = 0.05  # of a class's images
+_NEARLY = 0.95  # of all images
 _EARLY = 50  # updates
 
 
@@ -38,26 +39,32 @@ class CollapseWatch:
         if answer is None or update < _EARLY or self._told:
             return None
         self._told = True
-        return f"all validation images are called {self._names[answer]}: {self._cause(train_loss)}"
+        return f"all validation images are called {self._names[answer]}: {self._cause(metrics, train_loss)}"
 
-    def _cause(self, train_loss: float | None) -> str:
+    def _cause(self, metrics: Metrics, train_loss: float | None) -> str:
         """Why, and what to do: what learns well in training fails by its statistics, what does not by its updates."""
-        if train_loss is not None and train_loss < math.log(len(self._names)) / 2:
+        live = any(section.train_stats != "running" for section in self._recipe.bn_sections)
+        if live and train_loss is not None and train_loss < _entropy(metrics) / 2:
             return (
                 f"the training loss is {train_loss:.2f}, so it is how the network is evaluated: its running statistics "
                 "do not fit; try recalibrate.at=[eval]"
             )
-        rate = float(self._recipe.optim.lr)
-        return f"the network has collapsed; updates are too long for it: try optim.lr={rate / 3:.1g}"
+        shorter = rate_of(self._recipe.optim) / 3
+        return f"the network has collapsed; updates are too long for it: try optim.lr={shorter:.1g}"
 
 
 def only_answer(metrics: Metrics) -> int | None:
     """The class that nearly every image is taken for, although not nearly every image is of it; None if there is none.
 
-    Read off the accuracy of each class, which is known for any number of classes: that of one is nearly 1, that of all
-    others nearly 0.
+    It takes a confusion matrix, and so is None beyond `MOST_CLASSES` classes.
     """
-    if not isinstance(metrics, ClassMetrics) or len(metrics.per_class) < 2 or metrics.top1 >= 1 - _NEARLY:
+    if not isinstance(metrics, ClassMetrics) or not metrics.confusion or metrics.top1 >= _NEARLY:
         return None
-    first, *others = sorted(((value or 0.0, number) for number, value in enumerate(metrics.per_class)), reverse=True)
-    return first[1] if first[0] >= 1 - _NEARLY and others[0][0] <= _NEARLY else None
+    answers = [sum(column) for column in zip(*metrics.confusion, strict=True)]
+    return answers.index(max(answers)) if max(answers) >= _NEARLY * metrics.images else None
+
+
+def _entropy(metrics: Metrics) -> float:
+    """The cross-entropy of always answering with the shares of the classes, in nats."""
+    shares = [sum(row) / metrics.images for row in metrics.confusion]
+    return -sum(share * math.log(share) for share in shares if share)

@@ -185,11 +185,17 @@ def with_rate(recipe: Recipe, ranks: int) -> Recipe:
     rate = PLAIN_RATE
     if (model.pretrained or model.checkpoint is not None) and model.name != DEMO_MODEL and "adam" in optim.name.lower():
         images = train.batch_size * train.grad_accum * ranks
-        if images < _TUNING_IMAGES and any(section.train_stats != "running" for section in recipe.bn_sections):
-            images = _TUNING_IMAGES if has_bn(model) else images
+        if images < _TUNING_IMAGES and _normalises_by_batch(recipe):
+            images = _TUNING_IMAGES
         rate = min(_TUNING_RATE * math.sqrt(images / _TUNING_IMAGES), PLAIN_RATE)
     settled = optim.model_copy(update={"lr": float(f"{rate:.3g}")})
     return recipe.model_copy(update={"optim": settled})
+
+
+def _normalises_by_batch(recipe: Recipe) -> bool:
+    """Whether a recipe leaves all BN layers of its network to the batch, and there are some."""
+    fixed = any(section.train_stats == "running" or section.freeze_after == 0 for section in recipe.bn_sections)
+    return not fixed and recipe.model.group_norm is None and has_bn(recipe.model)
 
 
 def build_optimizer(model: nn.Module, optim: Optim, *, scaled: bool = False) -> torch.optim.Optimizer:

@@ -91,7 +91,7 @@ def test_a_bad_update_changes_nothing(kind, clip, name, images, tmp_path, monkey
 def test_statistics_move_if_they_are_not_rolled_back(images, tmp_path, monkeypatch):
     """What the test above would miss if forwards did not move them."""
     monkeypatch.setattr(Gradients, "compute", poison("loss", {2}))
-    monkeypatch.setattr("bnfinetune.training.loop.guard.StepGuard.undo", lambda self: None)
+    monkeypatch.setattr("bnfinetune.training.loop.guard.StepGuard.undo", lambda self, where=None: None)
     update, changed = Trainer._update, []
 
     def compared(self, group):

@@ -108,6 +108,7 @@ def test_an_update_reads_the_verdict_on_the_one_before_and_nothing_else(
 
 
 def test_without_running_ahead_each_update_waits_for_its_own(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "can_run_ahead", lambda device: False)
     reads = Reads(monkeypatch)
     bnf.finetune("full", **settings(images, tmp_path / "run", **{"train.epochs": 3}))
     assert reads.counts == {"tolist": 8}
@@ -118,7 +119,7 @@ def test_without_running_ahead_each_update_waits_for_its_own(images, tmp_path, m
 )
 def test_what_cannot_be_held_back_is_waited_for(options, images, tmp_path, monkeypatch, run_ahead):
     monkeypatch.setattr(Trainer, "read_judgement", lambda self: None)
-    monkeypatch.setattr(Gradients, "compute", poison("loss", {2}))
+    monkeypatch.setattr(Gradients, "compute", poison("gradient", {2}))
     result = bnf.finetune("full", **settings(images, tmp_path / "run", **options))
     assert all(value.isfinite().all() for value in exported(result.folder / "best").values())
 
@@ -130,6 +131,31 @@ def test_too_many_in_a_row_stop_the_run_one_update_later(images, tmp_path, monke
         bnf.finetune("full", **options)
     state, damaged = StateStore(tmp_path / "run", keep=2).newest()
     assert (state.name, damaged) == ("update-00000002", [])
+
+
+def test_phases_find_all_updates_written_down_in_order(images, tmp_path, monkeypatch, run_ahead):
+    """At an unfreezing SGD has no momentum for what trains anew, and the loop waits again."""
+    note, noted = Trainer._note, []
+    monkeypatch.setattr(
+        Trainer, "_note", lambda self, made, verdict: (noted.append(made.number), note(self, made, verdict))
+    )
+    monkeypatch.setattr(Gradients, "compute", poison("gradient", {6}))
+    phases = {"bn.freeze_after": 0.25, "bn.unfreeze_after": 0.5, "evaluate.every_steps": 12}
+    bnf.finetune("full", **settings(images, tmp_path / "run", **{"train.steps": 12, "optim.name": "sgd", **phases}))
+    assert noted == list(range(1, 13))
+
+
+def test_the_loss_of_a_healthy_run_is_never_said_to_be_not_finite(images, tmp_path, capsys, run_ahead):
+    bnf.finetune("full", **settings(images, tmp_path / "run", **{"run.log_every": 0.001}))
+    said = capsys.readouterr().out
+    assert "loss not known yet" in said
+    assert "not finite" not in said
+
+
+def test_weights_that_were_bad_from_the_start_are_blamed(images, tmp_path, monkeypatch, run_ahead):
+    monkeypatch.setattr(Gradients, "compute", poison("loss", set(range(1, 9))))
+    with pytest.raises(TrainingError, match="no update has ever gone through"):
+        bnf.finetune("full", **settings(images, tmp_path / "run", **{"train.max_skipped": 2}))
 
 
 @pytest.mark.parametrize("name", BACKBONES)

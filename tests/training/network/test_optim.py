@@ -164,6 +164,7 @@ def test_state_of_another_memory_format_is_taken_over_as_values(name, formats):
     torch.testing.assert_close(model.weight, whole.weight, rtol=1e-4, atol=1e-5)
 
 
+LISTED = [{"train_stats": "running", "update_stats": "none"}, {"layers": [":last"], "affine": "frozen"}]
 PHOTOS = {"data.source": "photos", "model.name": "resnet18"}
 
 
@@ -199,6 +200,9 @@ def test_the_rate_follows_the_images_of_an_update_where_pretrained_weights_are_a
         ("sync_bn", {"model.name": "test_resnet"}, 3e-4),
         ("precise_then_freeze", {"model.name": "test_resnet"}, 1.06e-4),
         ("freeze_stats", {"model.name": "test_resnet"}, 1.06e-4),
+        ("full", {"model.name": "test_resnet", "bn.freeze_after": 0}, 1.06e-4),
+        ("group_norm", {"model.name": "test_resnet"}, 1.06e-4),
+        ("full", {"model.name": "test_resnet", "bn": LISTED}, 1.06e-4),
         ("full", {"model.name": "no_such_network"}, 1.06e-4),  # told when it is built
     ],
 )
