@@ -313,7 +313,7 @@ class _Watcher:
 
     def _gap(self, part: str, call: Call) -> Gap | None:
         """One batch under both normalisations; None if it holds no images, or the model predicts nothing of each."""
-        images = _images_of(call)
+        images, _ = _images_of(call)
         if images is None:
             return None
         tracked = {name: layer for name, layer in self._layers.items() if population_of(layer).stats is not None}
@@ -400,24 +400,27 @@ def _same_draws(device: torch.device) -> AbstractContextManager[Any]:
 
 
 @torch.no_grad()
-def _images_of(call: Call) -> Tensor | None:
-    """What a forward got, one row for each image; those of a list, as detectors take them, thinned to one size."""
+def _images_of(call: Call) -> tuple[Tensor | None, bool]:
+    """What a forward got, one row for each image, and whether as a list.
+
+    Images of a list, as detectors take them, are thinned to one size.
+    """
     listed = listed_images(call[0])
     if listed is not None:
-        return torch.cat([interpolate(image[None], (_SAMPLE, _SAMPLE)) for image in listed])
+        return torch.cat([interpolate(image[None], (_SAMPLE, _SAMPLE)) for image in listed]), True
     image = first_tensor(call)
-    return image.detach() if image is not None and image.ndim else None
+    return (image.detach() if image is not None and image.ndim else None), False
 
 
 @torch.no_grad()
 def _describe_input(forward: Forward, call: Call) -> None:
     """Notes the size of a batch and a few of its values, without waiting for the device."""
-    sample = _images_of(call)
+    sample, from_list = _images_of(call)
     if sample is None:
         return
     forward.images = len(sample)
     if sample.ndim == 4:
-        forward.size = sample.shape[-2] if listed_images(call[0]) is None else None  # detectors bring them to theirs
+        forward.size = None if from_list else sample.shape[-2]  # detectors bring them to theirs
         rows, columns = (max(side // _SAMPLE, 1) for side in sample.shape[-2:])
         sample = sample[:, :, ::rows, ::columns]
     sample = sample.float()

@@ -68,7 +68,7 @@ OPTIMIZERS = {
 def trained(images, folder, monkeypatch, bad, options):
     monkeypatch.setattr(Gradients, "compute", poison(*bad))
     result = bnf.finetune("full", **settings(images, folder, **{"checkpoint.every_steps": 3, **options}))
-    saved = torch.load(StateStore(folder, keep=2).newest()[0] / "trainer.pt", weights_only=False)
+    saved = torch.load(StateStore(folder, keep=2).newest()[0] / "trainer.pt", weights_only=True)
     moments = [saved["optimizer"]["state"][number] for number in sorted(saved["optimizer"]["state"])]
     return exported(folder / "best"), moments, result.history, saved["progress"]
 
